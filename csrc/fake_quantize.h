@@ -1,0 +1,48 @@
+// What a fake-quantization kernel is told, the same on every device. No torch headers here.
+//
+// A call quantizes one dense tensor to `count` bit-widths in one pass (count 1 is the plain
+// quantizer). Memory is seen as [outer, channels, inner]: one scale per channel and bit-width;
+// channels == 1 is per tensor. All pointers are to memory of the device that runs the kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace limpq {
+
+enum class DataType { float32, float64, float16, bfloat16 };
+
+/// Bits run from 2 to 16, so no quantizer has more than 15 bit-widths.
+constexpr int max_bit_widths = 15;
+
+/// What forward and backward share.
+struct Problem {
+  DataType dtype;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+  int count;          // bit-widths in this call, 1 .. max_bit_widths
+  const void* x;      // [outer, channels, inner], in dtype
+  const void* scale;  // [scale_rows, channels], in the compute type: double for float64, else float
+  int64_t scale_rows;
+  int64_t scale_row[max_bit_widths];  // the row of `scale` that bit-width k uses; no row twice
+  double quant_min[max_bit_widths];
+  double quant_max[max_bit_widths];
+  double scale_min;  // the scale used is max(min(scale, scale_max), scale_min)
+  double scale_max;
+
+  int64_t numel() const { return outer * channels * inner; }
+};
+
+struct ForwardProblem : Problem {
+  void* y[max_bit_widths];  // [outer, channels, inner] each, in dtype
+};
+
+struct BackwardProblem : Problem {
+  const void* grad[max_bit_widths];    // gradient of y[k]; null where bit-width k was not used
+  double grad_factor[max_bit_widths];  // dscale is multiplied by it once, after the sum
+  void* dx;         // in dtype: the sum over k, added in the compute type in the order of k
+  void* dscale;     // [scale_rows, channels], in the compute type; rows not in scale_row become 0
+  void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
+};
+
+}  // namespace limpq
