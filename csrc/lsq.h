@@ -92,8 +92,9 @@ template <typename C>
 LIMPQ_INLINE Gradients<C> fake_quantize_backward(C grad, C x, C scale, Range<C> range) {
   const C v = x / scale;
   const C q = round_ties_even(clamp_to_range(v, range));
-  const bool inside = v >= range.quant_min && v <= range.quant_max;
-  return {inside ? grad : C(0), grad * (inside ? q - v : q)};
+  const bool inside = (v >= range.quant_min) & (v <= range.quant_max);
+  // q - 0 is q: subtracting a selected value, not selecting a difference, lets compilers vectorise.
+  return {inside ? grad : C(0), grad * (q - (inside ? v : C(0)))};
 }
 
 }  // namespace limpq

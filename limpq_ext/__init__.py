@@ -1,0 +1,75 @@
+"""Mixed-precision quantization by learned layer-wise importance (LIMPQ, arXiv 2203.08368).
+
+The pipeline, in the order of the names: ``prepare`` a float model with several bit-widths per
+layer, train its importance indicators with ``JointTrainer``, count costs with ``profile``, find the
+bits of every layer with ``search``, put them in place with ``apply_policy``, and ``finetune``.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import torch
+
+from . import _build
+
+if torch.__version__ != _build.TORCH_VERSION:
+    raise ImportError(
+        f"limpq_ext was built for torch {_build.TORCH_VERSION}, but torch {torch.__version__} is"
+        " installed; build it again: pip install --no-build-isolation --force-reinstall --no-deps"
+        " limpq_ext"
+    )
+
+from .costs import Costs, profile
+from .files import FileFormatError
+from .finetune import finetune
+from .indicators import Indicators
+from .joint import JointStep, JointTrainer
+from .layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantizedLayer,
+    QuantLinear,
+    SwitchableBatchNorm,
+)
+from .ops import lsq_fake_quantize, lsq_fake_quantize_multi
+from .policy import Policy
+from .prepare import apply_policy, prepare, quantized_layers, select_bits
+from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
+from .search import InfeasibleError, search, uniform
+from .training import Evaluation, evaluate
+
+__version__ = metadata.version("limpq_ext")
+
+__all__ = [
+    "ActivationQuantizer",
+    "Costs",
+    "Evaluation",
+    "FileFormatError",
+    "Indicators",
+    "InfeasibleError",
+    "JointStep",
+    "JointTrainer",
+    "LsqQuantizer",
+    "Policy",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantLinear",
+    "QuantizedLayer",
+    "SwitchableBatchNorm",
+    "WeightQuantizer",
+    "apply_policy",
+    "evaluate",
+    "finetune",
+    "lsq_fake_quantize",
+    "lsq_fake_quantize_multi",
+    "prepare",
+    "profile",
+    "quantized_layers",
+    "search",
+    "select_bits",
+    "uniform",
+]
+

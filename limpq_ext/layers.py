@@ -1,0 +1,268 @@
+"""Quantized convolution and linear layers, and batch normalisation that switches with the bits.
+
+Every class here *is* the float class it replaces: the same parameters under the same names, the
+same attributes, the same isinstance; what is added are two quantizers, or rows of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose input and weight are fake-quantized before its own computation.
+
+    Attributes:
+        input_quantizer: Quantizes what comes in.
+        weight_quantizer: Quantizes ``weight``; the bias stays float.
+    """
+
+    weight: Tensor
+    input_quantizer: LsqQuantizer
+    weight_quantizer: LsqQuantizer
+
+    @property
+    def weight_bits(self) -> int:
+        """The selected bit-width of the weights."""
+        return self.weight_quantizer.selected_bits
+
+    @property
+    def activation_bits(self) -> int:
+        """The selected bit-width of the input."""
+        return self.input_quantizer.selected_bits
+
+    def select(self, weight_bits: int, activation_bits: int) -> None:
+        """Run at these bit-widths from now on.
+
+        Raises:
+            ValueError: One of them is not a candidate of this layer.
+        """
+        self.weight_quantizer.select(weight_bits)
+        self.input_quantizer.select(activation_bits)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The float layer's own forward on quantized input and weight."""
+        quantized = self.weight_quantizer(self.weight)
+        with _in_place_of(self, weight=quantized):
+            return super().forward(self.input_quantizer(input), *args, **kwargs)
+
+
+class _QuantConv(QuantizedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.input_quantizer(input)
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """nn.Conv1d on quantized input and weight."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """nn.Conv2d on quantized input and weight."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """nn.Conv3d on quantized input and weight."""
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """nn.Linear on quantized input and weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        x = self.input_quantizer(input)
+        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+
+QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.Linear: QuantLinear,
+}
+
+
+def quantizable_base(module: nn.Module) -> type[nn.Module] | None:
+    """The float class of this package's table that ``module`` is an instance of, or None."""
+    return next((base for base in QUANTIZABLE if isinstance(module, base)), None)
+
+
+def overrides_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the class of ``module`` computes otherwise than ``base`` does."""
+    own = type(module)
+    methods = ("forward", "_conv_forward")
+    return any(getattr(own, name, None) is not getattr(base, name, None) for name in methods)
+
+
+def quantize_layer(
+    module: nn.Module,
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    *,
+    per_channel_weights: bool = False,
+    symmetric_weights: bool = False,
+    scale_max: float = float("inf"),
+    name: str = "",
+) -> QuantizedLayer:
+    """A quantized layer that shares the parameters of ``module``, also of a subclass.
+
+    Args:
+        module: nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear or a subclass of one. A subclass with a
+            ``forward`` of its own runs that, on the quantized input and with the quantized weight
+            in the place of ``self.weight``.
+        weight_bits: Candidate bit-widths of the weights, each 2 to 16.
+        activation_bits: Candidate bit-widths of the input.
+        per_channel_weights: One weight scale per output channel.
+        symmetric_weights: Leave out the lowest weight value, so that the range is symmetric.
+        scale_max: Upper bound of the scales in use.
+        name: What errors call the layer.
+
+    Raises:
+        TypeError: ``module`` is none of those layers.
+        ValueError: A bit-width is outside 2 to 16 or stands twice.
+    """
+    base = quantizable_base(module)
+    if base is None:
+        supported = ", ".join(f"nn.{known.__name__}" for known in QUANTIZABLE)
+        raise TypeError(
+            f"layer '{name}' is a {type(module).__name__}; quantized are {supported} and subclasses"
+        )
+    layer = _with_class(
+        module, _quantized_class(type(module), base, overrides_forward(module, base))
+    )
+    weight = layer.weight
+    options: dict[str, Any] = {"scale_max": scale_max}
+    layer.weight_quantizer = WeightQuantizer(
+        weight,
+        weight_bits,
+        per_channel=per_channel_weights,
+        symmetric=symmetric_weights,
+        name=f"layer '{name}': weight quantizer",
+        **options,
+    )
+    layer.input_quantizer = ActivationQuantizer(
+        activation_bits, name=f"layer '{name}': input quantizer", **options
+    ).to(weight.device)
+    layer.train(module.training)
+    return layer
+
+
+class SwitchableBatchNorm(_BatchNorm):
+    """Batch normalisation with parameters and statistics of its own for each bit-width.
+
+    ``weight``, ``bias``, ``running_mean`` and ``running_var`` keep their names and get a leading
+    axis, ``[len(bits), num_features]``; loading a float model's ``[num_features]`` fills every row.
+
+    Attributes:
+        bits: The bit-widths, one row each.
+        source: Name of the layer that feeds this one and whose bits choose the row.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", arXiv 1812.08928; used by LIMPQ for bit-widths.
+    """
+
+    bits: tuple[int, ...]
+    source: str
+    _row: int
+
+    _stacked = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+    @classmethod
+    def from_float(
+        cls, module: _BatchNorm, bits: Sequence[int], source: str
+    ) -> SwitchableBatchNorm:
+        """One row for each of ``bits``, all equal to ``module``, which is left as it is."""
+        base = type(module)
+        norm = _with_class(module, _switchable_class(base))
+        for name in cls._stacked:
+            value = getattr(module, name)
+            if value is None:
+                continue
+            stacked = value.detach().expand(len(bits), *value.shape).clone()
+            if isinstance(value, nn.Parameter):
+                norm._parameters[name] = nn.Parameter(stacked, requires_grad=value.requires_grad)
+            else:
+                norm._buffers[name] = stacked
+        norm.bits = tuple(bits)
+        norm.source = source
+        norm._row = 0
+        return norm
+
+    def select(self, bits: int) -> None:
+        """Use the row of this bit-width from now on.
+
+        Raises:
+            ValueError: There is no row for ``bits``.
+        """
+        if bits not in self.bits:
+            raise ValueError(f"batch norm fed by '{self.source}' has no row for {bits} bits")
+        self._row = self.bits.index(bits)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The float class's own forward with the selected row in the place of each tensor."""
+        rows = {}
+        for name in self._stacked:
+            value = getattr(self, name)
+            rows[name] = None if value is None else value[self._row]
+        with _in_place_of(self, **rows):
+            return super().forward(input)
+
+    def extra_repr(self) -> str:
+        """Features and bit-widths, as printed in a model."""
+        return f"{super().extra_repr()}, bits={self.bits}, source={self.source!r}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in self._stacked:
+            value, own = state_dict.get(prefix + name), getattr(self, name)
+            if value is not None and own is not None and value.shape == own.shape[1:]:
+                state_dict[prefix + name] = value.expand(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, **tensors: Tensor | None) -> Iterator[None]:
+    """Let ``module.name`` be another tensor for a while.
+
+    An entry of the instance's ``__dict__`` is found before nn.Module looks into its parameters.
+    """
+    module.__dict__.update(tensors)
+    try:
+        yield
+    finally:
+        for name in tensors:
+            del module.__dict__[name]
+
+
+def _with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """A twin of ``module`` of another class: the same tensors and submodules, its own dicts."""
+    twin = cls.__new__(cls)
+    for key, value in module.__dict__.items():
+        twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
+    return twin
+
+
+@cache
+def _quantized_class(
+    own: type[nn.Module], base: type[nn.Module], overrides: bool
+) -> type[QuantizedLayer]:
+    if own is base:
+        return QUANTIZABLE[base]
+    mixin = QuantizedLayer if overrides else QUANTIZABLE[base]
+    return type(f"Quant{own.__name__}", (mixin, own), {"__module__": own.__module__})
+
+
+@cache
+def _switchable_class(own: type[_BatchNorm]) -> type[SwitchableBatchNorm]:
+    return type(
+        f"Switchable{own.__name__}", (SwitchableBatchNorm, own), {"__module__": own.__module__}
+    )

@@ -1,0 +1,445 @@
+"""All stages of a run in one folder, each reused where nothing it depends on has changed.
+
+The folder's ``stages.json`` records for every finished stage a digest of its inputs (its part of
+the recipe and the files it read) and of the files it wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .costs import Costs, profile
+from .data import Data, load_data, make_loader
+from .files import open_atomically, write_json
+from .finetune import finetune
+from .indicators import Indicators
+from .joint import JointTrainer
+from .models import create_model, load_weights, save_weights
+from .policy import Policy
+from .prepare import apply_policy, prepare
+from .recipe import LevelSection, Recipe, TrainingSection, dump_recipe
+from .search import UniformLevel, search
+from .training import EpochDone, Evaluation, StepDone, evaluate, make_optimizer, run_epochs
+
+FLOAT_WEIGHTS = "float.safetensors"
+INDICATORS = "indicators.json"
+COSTS = "costs.json"
+POLICY = "policy.json"
+FINETUNED = "finetuned.safetensors"
+UNIFORM_POLICY = "uniform.json"
+UNIFORM_FINETUNED = "uniform.safetensors"
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+STAGES = "stages.json"
+
+
+class Reporter(Protocol):
+    """Where a run says how far it is."""
+
+    def stage(self, title: str) -> AbstractContextManager[StepDone]:
+        """Announce a stage; gives what is called after every step of it."""
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network at the end of a run.
+
+    Attributes:
+        name: "float", "policy" or "uniform".
+        accuracy: On the test set, 0 to 1.
+        bitops: Of the searchable layers for one sample; a float layer counts 32 * 32 bits.
+        size_bytes: Of all weights, without biases and batch normalisation.
+        compression: Ratio to 32-bit weights.
+    """
+
+    name: str
+    accuracy: float
+    bitops: int
+    size_bytes: float
+    compression: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run came to.
+
+    Attributes:
+        results: The float network, the searched policy and the uniform baseline.
+        seconds: What every stage took when it ran.
+        reused: The stages that did not have to run again.
+        folder: Where the files are.
+    """
+
+    results: tuple[Result, ...]
+    seconds: dict[str, float]
+    reused: tuple[str, ...]
+    folder: Path
+
+
+def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter) -> RunReport:
+    """Run all stages of a recipe.
+
+    Args:
+        recipe: What to do.
+        folder: Where the files go; made where it is missing.
+        fresh: Run every stage again, also those whose inputs did not change.
+        reporter: Gets titles, progress and lines.
+
+    Raises:
+        ValueError: The recipe cannot be run, or a file in the folder was not written, or was
+            changed after it was written, by a run; nothing is overwritten then.
+    """
+    session = Session(recipe)
+    stages = _Stages(folder, fresh, reporter)
+    with open_atomically(folder / RECIPE) as file:
+        file.write(dump_recipe(recipe).encode())
+    part = recipe.model_dump(mode="json")
+    common = {key: part[key] for key in ("seed", "model", "data")}
+
+    with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as go:
+        if go:
+            with reporter.stage("training the float network") as on_step:
+                model = session.train_float(on_step, stages.log("float"))
+            save_weights(model, folder / FLOAT_WEIGHTS)
+
+    with stages.stage(
+        "indicators", [INDICATORS], [common, part["bits"], part["joint"]], [FLOAT_WEIGHTS]
+    ) as go:
+        if go:
+            with reporter.stage("joint training of the indicators") as on_step:
+                indicators = session.train_indicators(
+                    session.float_model(folder / FLOAT_WEIGHTS), on_step, stages.log("indicators")
+                )
+            indicators.save(folder / INDICATORS)
+
+    with stages.stage("profile", [COSTS], [common]) as go:
+        if go:
+            session.profile().save(folder / COSTS)
+    costs = Costs.load(folder / COSTS)
+
+    with stages.stage("search", [POLICY], [part["search"]], [INDICATORS, COSTS]) as go:
+        if go:
+            policy = search_policy(recipe, Indicators.load(folder / INDICATORS), costs)
+            policy.save(folder / POLICY)
+    policy = Policy.load(folder / POLICY)
+
+    tuned = [common, part["finetune"]]
+    with stages.stage("finetune", [FINETUNED], tuned, [FLOAT_WEIGHTS, POLICY]) as go:
+        if go:
+            with reporter.stage("fine-tuning the policy") as on_step:
+                model = session.finetune_policy(
+                    session.float_model(folder / FLOAT_WEIGHTS),
+                    policy,
+                    on_step,
+                    stages.log("finetune"),
+                )
+            save_weights(model, folder / FINETUNED)
+
+    level = recipe.baseline
+    uniform = Policy.uniform(costs, level.weight_bits, level.activation_bits)
+    with stages.stage(
+        "baseline",
+        [UNIFORM_POLICY, UNIFORM_FINETUNED],
+        [*tuned, part["baseline"]],
+        [FLOAT_WEIGHTS, COSTS],
+    ) as go:
+        if go:
+            title = f"fine-tuning uniform W{level.weight_bits}A{level.activation_bits}"
+            with reporter.stage(title) as on_step:
+                model = session.finetune_policy(
+                    session.float_model(folder / FLOAT_WEIGHTS),
+                    uniform,
+                    on_step,
+                    stages.log("baseline"),
+                )
+            uniform.save(folder / UNIFORM_POLICY)
+            save_weights(model, folder / UNIFORM_FINETUNED)
+
+    float_bits = dict.fromkeys((layer.name for layer in costs.layers), (32, 32))
+    results = []
+    with stages.stage("evaluate", [], [], always=True):
+        for name, chosen, weights in (
+            ("float", None, FLOAT_WEIGHTS),
+            ("policy", policy, FINETUNED),
+            ("uniform", uniform, UNIFORM_FINETUNED),
+        ):
+            with reporter.stage(f"evaluating {name}") as on_step:
+                evaluation = session.evaluate(folder / weights, chosen, on_step)
+            stages.log("evaluate")({"network": name, **asdict(evaluation)})
+            bits = float_bits if chosen is None else chosen.bits()
+            size_bits = 32 * costs.all_weights if chosen is None else costs.size_bits(bits)
+            results.append(
+                Result(
+                    name,
+                    evaluation.accuracy,
+                    costs.bitops(bits),
+                    size_bits / 8,
+                    32 * costs.all_weights / size_bits,
+                )
+            )
+    return RunReport(tuple(results), stages.seconds, tuple(stages.reused), folder)
+
+
+class Session:
+    """The stages of a recipe in memory: data and device are set up once.
+
+    Args:
+        recipe: What to do.
+
+    Raises:
+        ValueError: The data set or the device is unknown, or the model does not exist.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.device = choose_device(recipe.device)
+        self.data: Data = load_data(recipe.data.name)
+        self.create_model()
+
+    def create_model(self) -> nn.Module:
+        """The recipe's model with random weights from its seed, on the CPU."""
+        torch.manual_seed(self.recipe.seed)
+        return model_for(self.recipe, self.data)
+
+    def float_model(self, weights: Path) -> nn.Module:
+        """The float model with weights from a file, on the device."""
+        model = self.create_model()
+        load_weights(model, weights)
+        return model.to(self.device)
+
+    def train_float(self, on_step: StepDone | None, on_epoch: EpochDone | None) -> nn.Module:
+        """The float model, trained from its random start."""
+        model = self.create_model().to(self.device)
+        self._finetune(model, self.recipe.float_training, on_step, on_epoch)
+        return model
+
+    def train_indicators(
+        self, model: nn.Module, on_step: StepDone | None, on_epoch: EpochDone | None
+    ) -> Indicators:
+        """The indicators of a float model."""
+        options = self.recipe.joint
+        prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
+        prepared.to(self.device).train()
+        optimizer = make_optimizer(
+            prepared,
+            options.optimizer,
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+
+        def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(output, target, label_smoothing=options.label_smoothing)
+
+        trainer = JointTrainer(
+            prepared, optimizer, loss_fn, distill=options.distill, seed=self.recipe.seed
+        )
+
+        def take_step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            losses = trainer.step(x, target).losses.values()
+            return torch.stack(list(losses)).mean()
+
+        run_epochs(
+            take_step,
+            optimizer,
+            self._train_loader(options),
+            epochs=options.epochs,
+            warmup_epochs=options.warmup_epochs,
+            device=self.device,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        return trainer.indicators()
+
+    def profile(self) -> Costs:
+        """The costs of the model."""
+        return profile(self.create_model(), self.example_input())
+
+    def finetune_policy(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        on_step: StepDone | None,
+        on_epoch: EpochDone | None,
+    ) -> nn.Module:
+        """The quantized model of a policy, fine-tuned from a float model."""
+        quantized = apply_policy(model, policy).to(self.device)
+        self._finetune(quantized, self.recipe.finetune, on_step, on_epoch)
+        return quantized
+
+    def evaluate(
+        self, weights: Path, policy: Policy | None, on_step: StepDone | None
+    ) -> Evaluation:
+        """How the weights of a file do on the test set, quantized where a policy is given."""
+        model = self.create_model()
+        if policy is not None:
+            model = apply_policy(model, policy)
+        load_weights(model, weights)
+        loader = make_loader(
+            self.data.test, batch_size=256, train=False, workers=self.recipe.data.workers
+        )
+        return evaluate(model.to(self.device), loader, on_step=on_step)
+
+    def example_input(self) -> torch.Tensor:
+        """One empty image."""
+        return torch.zeros(1, *self.data.image_shape)
+
+    def _train_loader(self, options: TrainingSection) -> Any:
+        torch.manual_seed(self.recipe.seed)
+        return make_loader(
+            self.data.train,
+            batch_size=options.batch_size,
+            train=True,
+            seed=self.recipe.seed,
+            workers=self.recipe.data.workers,
+        )
+
+    def _finetune(
+        self,
+        model: nn.Module,
+        options: TrainingSection,
+        on_step: StepDone | None,
+        on_epoch: EpochDone | None,
+    ) -> None:
+        finetune(
+            model,
+            self._train_loader(options),
+            on_step=on_step,
+            on_epoch=on_epoch,
+            **options.model_dump(exclude={"batch_size"}),
+        )
+
+
+def model_for(recipe: Recipe, data: Data) -> nn.Module:
+    """The recipe's model, with the classes (and for cifar_resnet the channels) of its data."""
+    options = {"num_classes": data.num_classes, **recipe.model.options}
+    if recipe.model.name == "cifar_resnet":
+        options.setdefault("in_channels", data.image_shape[0])
+    return create_model(recipe.model.name, **options)
+
+
+def search_policy(recipe: Recipe, indicators: Indicators, costs: Costs) -> Policy:
+    """The search of a recipe."""
+    options = recipe.search
+    given = {name: getattr(options, name) for name in type(options).model_fields}
+    for name in ("bitops", "size"):
+        if isinstance(given[name], LevelSection):
+            level = given[name]
+            given[name] = UniformLevel(level.weight_bits, level.activation_bits)
+    return search(indicators, costs, **given)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a recipe: "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device '{name}': expected auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device '{name}' is not supported: expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device '{name}': torch finds no CUDA device here")
+    return device
+
+
+class _Stages:
+    """Runs stages of a folder, or finds that they need not run."""
+
+    def __init__(self, folder: Path, fresh: bool, reporter: Reporter) -> None:
+        self.folder = folder
+        self.fresh = fresh
+        self.reporter = reporter
+        self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record: dict[str, Any] = {}
+        if (folder / STAGES).exists():
+            try:
+                self.record = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / STAGES}: not a JSON file: {error}") from error
+        elif (folder / RECIPE).exists():
+            raise ValueError(
+                f"{folder} holds a {RECIPE} but no {STAGES}: it is not the folder of a run;"
+                " choose another with --out"
+            )
+
+    @contextmanager
+    def stage(
+        self,
+        name: str,
+        outputs: Sequence[str],
+        settings: Sequence[Any],
+        inputs: Sequence[str] = (),
+        *,
+        always: bool = False,
+    ) -> Iterator[bool]:
+        """Whether the stage has to run; what it does in the block is recorded after it."""
+        self._refuse_foreign(name, outputs)
+        read = {file: _digest(self.folder / file) for file in inputs}
+        key = hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
+        before = self.record.get(name)
+        known = before is not None and before["inputs"] == key and not always
+        if known and not self.fresh and all((self.folder / file).exists() for file in outputs):
+            self.reporter.say(f"{name}: nothing it depends on has changed, reused")
+            self.reused.append(name)
+            self.seconds[name] = before["seconds"]
+            yield False
+            return
+        # Claimed before they are written, so that a stage that was killed can run again.
+        self.record[name] = {"inputs": "", "outputs": dict.fromkeys(outputs), "seconds": 0.0}
+        write_json(self.folder / STAGES, self.record)
+        start = time.perf_counter()
+        yield True
+        self.seconds[name] = time.perf_counter() - start
+        self.record[name] = {
+            "inputs": key,
+            "outputs": {file: _digest(self.folder / file) for file in outputs},
+            "seconds": round(self.seconds[name], 3),
+        }
+        write_json(self.folder / STAGES, self.record)
+
+    def log(self, stage: str) -> Callable[[dict[str, Any]], None]:
+        """Appends records to the metrics, a line each."""
+
+        def append(record: dict[str, Any]) -> None:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, **record}) + "\n")
+
+        return append
+
+    def _refuse_foreign(self, name: str, outputs: Sequence[str]) -> None:
+        """Keep files that no run wrote, or that somebody edited."""
+        written = self.record.get(name, {}).get("outputs", {})
+        for file in outputs:
+            path = self.folder / file
+            claimed = file in written and written[file] is None
+            if path.exists() and not claimed and written.get(file) != _digest(path):
+                how = "was changed since a run wrote it" if file in written else "is not of a run"
+                raise ValueError(
+                    f"{path} {how} and would be overwritten: move it away or choose another --out"
+                )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,217 @@
+"""Swap quantized layers into a float model, with many bit-widths each or those of a policy."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layers import QuantizedLayer, SwitchableBatchNorm, quantizable_base, quantize_layer
+from .policy import Policy
+from .quantizers import check_candidates
+from .trace import Trace, check_patterns, matches, trace
+
+
+def prepare(
+    model: nn.Module,
+    bits: Sequence[int] = (2, 3, 4, 5, 6),
+    *,
+    example_input: Tensor | tuple[Tensor, ...],
+    fixed: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    per_channel_weights: bool = False,
+    symmetric_weights: bool = False,
+    scale_max: float = math.inf,
+) -> nn.Module:
+    """A copy of ``model`` that joint training can run at any of ``bits``, layer by layer.
+
+    Every convolution and linear layer but the fixed ones gets quantizers for its input and weight;
+    a batch normalisation that such a layer feeds gets a row per bit-width. Names in the state_dict
+    stay those of the float model. All layers start at the highest bit-width.
+
+    Args:
+        model: The float model; it is left as it is.
+        bits: Candidate bit-widths, each 2 to 16.
+        example_input: What the model's forward takes, with a batch axis; only shapes matter.
+        fixed: Names or patterns of the layers to leave in float here and at 8 bits later. None: the
+            first and the last quantizable layer that runs.
+        exclude: Names or patterns of modules to leave in float for good.
+        per_channel_weights: One weight scale per output channel and bit-width.
+        symmetric_weights: Leave out the lowest value of the weights' range.
+        scale_max: Upper bound of all scales; LIMPQ's own code uses 1.0.
+
+    Returns:
+        The prepared copy, of the same class, on the same device and in the same mode.
+
+    Raises:
+        ValueError: Bit-widths or names are wrong, nothing is left to search, or a part of the model
+            cannot be quantized truly and is not excluded.
+    """
+    candidates = check_candidates(bits)
+    found = trace(model, example_input, exclude=exclude)
+    searchable, _ = split_layers(found, fixed)
+    if found.unused:
+        warnings.warn(
+            f"left in float, since the forward did not reach them: {_some(found.unused)}",
+            stacklevel=2,
+        )
+    prepared = copy.deepcopy(model)
+    modules = dict(prepared.named_modules())
+    swap: dict[nn.Module, nn.Module] = {}
+    for name in searchable:
+        swap[modules[name]] = quantize_layer(
+            modules[name],
+            candidates,
+            candidates,
+            per_channel_weights=per_channel_weights,
+            symmetric_weights=symmetric_weights,
+            scale_max=scale_max,
+            name=name,
+        )
+    for name, source in found.norm_sources.items():
+        if source in searchable and not matches(name, exclude):
+            norm = modules[name]
+            assert isinstance(norm, _BatchNorm)
+            swap[norm] = SwitchableBatchNorm.from_float(norm, candidates, source)
+    prepared = _swap_modules(prepared, swap)
+    select_bits(prepared, max(candidates))
+    return prepared
+
+
+def apply_policy(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    per_channel_weights: bool = False,
+    symmetric_weights: bool = False,
+    scale_max: float = math.inf,
+) -> nn.Module:
+    """A copy of ``model`` with every layer at the bits that ``policy`` gives it.
+
+    Activation scales take their start value from the first batch in training mode.
+
+    Args:
+        model: The float model; it is left as it is.
+        policy: Bits for layers of this model by name, the fixed ones included.
+        per_channel_weights: One weight scale per output channel.
+        symmetric_weights: Leave out the lowest value of the weights' range.
+        scale_max: Upper bound of all scales.
+
+    Raises:
+        ValueError: The policy names a layer that the model does not have or that cannot be
+            quantized.
+    """
+    quantized = copy.deepcopy(model)
+    modules = dict(quantized.named_modules())
+    swap: dict[nn.Module, nn.Module] = {}
+    for layer in (*policy.layers, *policy.fixed):
+        module = modules.get(layer.name)
+        if module is None or quantizable_base(module) is None:
+            what = (
+                "no layer"
+                if module is None
+                else f"no quantizable layer, but {type(module).__name__},"
+            )
+            raise ValueError(f"policy: {type(model).__name__} has {what} '{layer.name}'")
+        swap[module] = quantize_layer(
+            module,
+            (layer.weight_bits,),
+            (layer.activation_bits,),
+            per_channel_weights=per_channel_weights,
+            symmetric_weights=symmetric_weights,
+            scale_max=scale_max,
+            name=layer.name,
+        )
+    missing = [
+        name
+        for name, module in modules.items()
+        if quantizable_base(module) is not None and module not in swap
+    ]
+    if missing:
+        warnings.warn(
+            f"left in float, since the policy has no bits for them: {_some(missing)}", stacklevel=2
+        )
+    return _swap_modules(quantized, swap)
+
+
+def split_layers(
+    found: Trace, fixed: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a traced model's searchable and of its fixed layers, in order of execution.
+
+    Args:
+        found: What :func:`limpq_ext.trace.trace` returned.
+        fixed: Names or patterns; None for the first and the last layer.
+
+    Raises:
+        ValueError: A name fits no layer, or no layer is left to search.
+    """
+    names = [layer.name for layer in found.layers]
+    if fixed is None:
+        kept = set(names[:1] + names[-1:])
+    else:
+        check_patterns(fixed, names, "fixed")
+        kept = {name for name in names if matches(name, fixed)}
+    searchable = tuple(name for name in names if name not in kept)
+    if not searchable:
+        raise ValueError(
+            f"no layer is left to search: the model runs {len(names)} quantizable layers and"
+            f" {len(kept)} of them are fixed"
+        )
+    return searchable, tuple(name for name in names if name in kept)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a prepared model by name, in the order of ``named_modules()``."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
+    }
+
+
+def select_bits(model: nn.Module, bits: int | Mapping[str, tuple[int, int]]) -> None:
+    """Run a prepared model at these bits from now on, batch normalisation included.
+
+    Args:
+        model: What :func:`prepare` returned.
+        bits: One bit-width for all, or (weight bits, activation bits) of every layer by name.
+
+    Raises:
+        ValueError: A layer is missing or unknown, or a bit-width is not a candidate.
+    """
+    layers = quantized_layers(model)
+    if isinstance(bits, Mapping):
+        unknown = [name for name in bits if name not in layers]
+        if unknown:
+            raise ValueError(f"bits: the model has no quantized layer {_some(unknown)}")
+        missing = [name for name in layers if name not in bits]
+        if missing:
+            raise ValueError(f"bits: nothing is given for {_some(missing)}")
+        chosen = dict(bits)
+    else:
+        chosen = dict.fromkeys(layers, (bits, bits))
+    for name, layer in layers.items():
+        layer.select(*chosen[name])
+    for module in model.modules():
+        if isinstance(module, SwitchableBatchNorm):
+            module.select(chosen[module.source][0])
+
+
+def _swap_modules(model: nn.Module, swap: dict[nn.Module, nn.Module]) -> Any:
+    """Replace modules wherever they stand; a shared one stays shared."""
+    if model in swap:
+        return swap[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swap:
+                parent._modules[name] = swap[child]
+    return model
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

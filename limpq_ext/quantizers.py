@@ -1,0 +1,239 @@
+"""LSQ quantizers as modules: a learned step size for each candidate bit-width.
+
+The step sizes are LIMPQ's importance indicators (arXiv 2203.08368): how large a step a layer learns
+at a bit-width tells how much it suffers from that bit-width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from .bits import check_bits
+from .ops import SCALE_MIN, lsq_grad_factor, thresholds
+
+
+class LsqQuantizer(nn.Module):
+    """Fake-quantizes a tensor at one of several bit-widths, each with a step size of its own.
+
+    Args:
+        bits: Candidate bit-widths, each 2 to 16, no two the same.
+        signed: Whether the range has negative values; None: decided by the first batch.
+        symmetric: Leave out the lowest value of a signed range.
+        channels: Number of scales per bit-width; 1 is one scale for the whole tensor.
+        channel_axis: The axis that the scales belong to where ``channels`` is given.
+        scale_min: Scales below this act as this and get no gradient.
+        scale_max: Scales above this act as this and get no gradient (LIMPQ's own code: 1.0).
+        name: What errors call this quantizer.
+
+    Attributes:
+        scale: Parameter, ``[len(bits)]`` or ``[len(bits), channels]``: the step sizes.
+        initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
+
+    Raises:
+        ValueError: A bit-width is outside 2 to 16 or stands twice, or there is none.
+    """
+
+    initialized: Tensor
+    signed_range: Tensor
+
+    def __init__(
+        self,
+        bits: Sequence[int],
+        *,
+        signed: bool | None,
+        symmetric: bool = False,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        scale_min: float = SCALE_MIN,
+        scale_max: float = math.inf,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.bits = check_candidates(bits)
+        self.symmetric = symmetric
+        self.channel_axis = None if channels is None else channel_axis
+        self.scale_min = scale_min
+        self.scale_max = scale_max
+        self.name = name
+        shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("initialized", torch.zeros(len(self.bits), dtype=torch.bool))
+        # -1: not decided yet, 0: unsigned, 1: signed.
+        state = -1 if signed is None else int(signed)
+        self.register_buffer("signed_range", torch.tensor(state, dtype=torch.int8))
+        # What the buffers say, in Python, so that a forward never waits for the device.
+        self._signed = signed
+        self._ready = [False] * len(self.bits)
+        self._index = 0
+
+    @property
+    def selected_bits(self) -> int:
+        """The bit-width that ``forward`` uses."""
+        return self.bits[self._index]
+
+    @property
+    def signed(self) -> bool | None:
+        """Whether the range has negative values; None before the first batch decides it."""
+        return self._signed
+
+    def select(self, bits: int) -> None:
+        """Use this bit-width from now on.
+
+        Raises:
+            ValueError: ``bits`` is not a candidate.
+        """
+        try:
+            self._index = self.bits.index(bits)
+        except ValueError:
+            raise ValueError(
+                f"{self.name or 'quantizer'}: {bits} bits is not a candidate, those are {self.bits}"
+            ) from None
+
+    def set_scale(self, index: int, value: Tensor) -> None:
+        """Give the step size of the ``index``-th bit-width its start value."""
+        with torch.no_grad():
+            self.scale[index].copy_(value)
+            self.initialized[index] = True
+        self._ready[index] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` at the selected bit-width: the same shape, dtype and memory format."""
+        if not self._ready[self._index]:
+            self._start(x)
+        signed = self._signed is None or self._signed
+        quant_min, quant_max = thresholds(
+            self.selected_bits, signed=signed, symmetric=self.symmetric and signed
+        )
+        return torch.ops.limpq.fake_quantize(
+            x,
+            self.scale,
+            self._index,
+            quant_min,
+            quant_max,
+            self.channel_axis,
+            lsq_grad_factor(x, quant_max, self.channel_axis),
+            self.scale_min,
+            self.scale_max,
+        )
+
+    def values(self) -> dict[int, float]:
+        """The step size in use for each bit-width, the mean over channels where it has any."""
+        scale = self.scale.detach().clamp(self.scale_min, self.scale_max)
+        means = scale.reshape(len(self.bits), -1).mean(dim=1).tolist()
+        return dict(zip(self.bits, means, strict=True))
+
+    def extra_repr(self) -> str:
+        """Bit-widths and range, as printed in a model."""
+        kind = {None: "undecided", True: "signed", False: "unsigned"}[self._signed]
+        return f"bits={self.bits}, selected={self.selected_bits}, {kind}"
+
+    def _start(self, x: Tensor) -> None:
+        raise RuntimeError(
+            f"{self.name or 'quantizer'} has no start value at {self.selected_bits} bits"
+        )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        state = int(self.signed_range)
+        self._signed = None if state < 0 else bool(state)
+        self._ready = self.initialized.tolist()
+
+
+class WeightQuantizer(LsqQuantizer):
+    """Quantizes weights: signed, its start values taken from the weights it is made for.
+
+    Args:
+        weight: The float weights, any shape; ``channel_axis`` is their output channel.
+        bits: As for :class:`LsqQuantizer`.
+        per_channel: One scale per output channel instead of one for all.
+        **options: As for :class:`LsqQuantizer`.
+    """
+
+    def __init__(
+        self, weight: Tensor, bits: Sequence[int], *, per_channel: bool = False, **options: Any
+    ) -> None:
+        channels = weight.shape[0] if per_channel else None
+        super().__init__(bits, signed=True, channels=channels, **options)
+        self.to(weight.device)
+        for index, width in enumerate(self.bits):
+            self.set_scale(index, weight_start_scale(weight, width, per_channel=per_channel))
+
+
+class ActivationQuantizer(LsqQuantizer):
+    """Quantizes activations: start values and sign come from the first training batch it sees.
+
+    Signed where that batch has a negative value, else unsigned; the choice is kept and saved. Every
+    bit-width takes its start value from the first batch that runs at it.
+
+    Args:
+        bits: As for :class:`LsqQuantizer`.
+        signed: None lets the first batch decide.
+        **options: As for :class:`LsqQuantizer`.
+    """
+
+    def __init__(self, bits: Sequence[int], *, signed: bool | None = None, **options: Any) -> None:
+        super().__init__(bits, signed=signed, **options)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        if not self.training:
+            raise RuntimeError(
+                f"{self.name or 'activation quantizer'} has no start value at {self.selected_bits}"
+                " bits: run one batch in training mode first"
+            )
+        if x.numel() == 0:
+            raise ValueError(f"{self.name or 'activation quantizer'}: the first batch is empty")
+        mean_and_lowest = torch.stack([x.float().abs().mean(), x.float().min()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            lowest = mean_and_lowest[1].clone()
+            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(mean_and_lowest)
+            mean_and_lowest /= torch.distributed.get_world_size()
+            mean_and_lowest[1] = lowest
+        if self._signed is None:
+            self._signed = bool(mean_and_lowest[1] < 0)
+            self.signed_range.fill_(int(self._signed))
+        _, quant_max = thresholds(self.selected_bits, signed=self._signed)
+        self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))
+
+
+def weight_start_scale(weight: Tensor, bits: int, *, per_channel: bool = False) -> Tensor:
+    """LIMPQ's start value of a weight scale: ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits-1)``.
+
+    Args:
+        weight: Float weights; the first axis is the output channel.
+        bits: 2 to 16.
+        per_channel: Over each output channel instead of all weights.
+
+    Returns:
+        A scalar, or ``[weight.shape[0]]``.
+    """
+    values = weight.detach().float()
+    values = values.reshape(weight.shape[0], -1) if per_channel else values.reshape(1, -1)
+    mean = values.mean(dim=1)
+    # The deviation of a single weight is 0, not undefined.
+    deviation = values.std(dim=1, correction=min(1, values.shape[1] - 1))
+    scale = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
+    scale = scale / 2 ** (bits - 1)
+    return scale if per_channel else scale[0]
+
+
+def check_candidates(bits: Sequence[int]) -> tuple[int, ...]:
+    """The candidate bit-widths as a tuple.
+
+    Raises:
+        TypeError: One is not an integer.
+        ValueError: There is none, one is outside 2 to 16, or one stands twice.
+    """
+    candidates = tuple(check_bits("candidate", width) for width in bits)
+    if not candidates:
+        raise ValueError("bits is empty, expected at least one bit-width")
+    if len(set(candidates)) != len(candidates):
+        raise ValueError(f"bits is {candidates}, expected no bit-width twice")
+    return candidates

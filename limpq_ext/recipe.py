@@ -1,0 +1,159 @@
+"""Recipes: one validated object that says all that a run does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from .bits import MAX_BITS, MIN_BITS
+from .extras import require
+
+pydantic = require("pydantic", "cli")
+
+Field = pydantic.Field
+
+
+class _Section(pydantic.BaseModel):  # type: ignore[misc, name-defined]  # imported by require
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which network."""
+
+    name: str = Field("cifar_resnet", description="cifar_resnet or a torchvision classifier")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of its constructor; classes come from the data"
+    )
+
+
+class DataSection(_Section):
+    """Which data."""
+
+    name: str = Field("digits", description="data set")
+    workers: int = Field(0, ge=0, description="processes that load batches")
+
+
+class TrainingSection(_Section):
+    """One stage of training."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(2.5e-5, ge=0)
+    warmup_epochs: float = Field(0, ge=0)
+    label_smoothing: float = Field(0, ge=0, lt=1)
+
+
+class JointSection(TrainingSection):
+    """Joint training of the indicators."""
+
+    distill: bool = Field(False, description="the highest bit-width teaches the others")
+
+
+class LevelSection(_Section):
+    """The bits of a uniform policy."""
+
+    weight_bits: int = Field(3, ge=MIN_BITS, le=MAX_BITS)
+    activation_bits: int = Field(3, ge=MIN_BITS, le=MAX_BITS)
+
+
+class SearchSection(_Section):
+    """Budgets and options of the search; those that are null do not limit."""
+
+    bitops: float | LevelSection | None = Field(
+        default_factory=LevelSection,
+        union_mode="left_to_right",
+        description="BitOps, or the uniform policy whose BitOps count",
+    )
+    size: float | LevelSection | None = Field(
+        None, union_mode="left_to_right", description="bytes of all weights, or a uniform policy"
+    )
+    compression: float | None = Field(None, description="least ratio to 32-bit weights")
+    mean_weight_bits: float | None = None
+    mean_activation_bits: float | None = None
+    alpha: float = 1.0
+    non_monotone: Literal["forbid", "isotonic", "keep"] = "forbid"
+    time_limit: float | None = Field(None, description="seconds")
+    gap: float = 0.0
+
+
+class Recipe(_Section):
+    """All that ``limpq run`` does; the defaults are the digits demonstration."""
+
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6)
+    float_training: TrainingSection = Field(
+        default_factory=lambda: TrainingSection(
+            epochs=30, lr=0.1, weight_decay=5e-4, warmup_epochs=2
+        )
+    )
+    joint: JointSection = Field(default_factory=lambda: JointSection(epochs=10, lr=0.01))
+    search: SearchSection = Field(default_factory=SearchSection)
+    baseline: LevelSection = Field(
+        default_factory=LevelSection, description="uniform policy to compare with"
+    )
+    finetune: TrainingSection = Field(
+        default_factory=lambda: TrainingSection(epochs=30, lr=0.02, warmup_epochs=1)
+    )
+
+    @pydantic.field_validator("bits")
+    @classmethod
+    def _check_bits(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        from .quantizers import check_candidates
+
+        return check_candidates(bits)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from a YAML file; what it leaves out has its default.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
+            reason.
+    """
+    yaml = require("yaml", "cli")
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe '{name}' does not exist")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: not a YAML file: {reason}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected keys and values, not {type(content).__name__}")
+    return make_recipe(content, source=name)
+
+
+def make_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Validate keys and values.
+
+    Args:
+        content: Nested keys and values.
+        source: What the error calls it.
+
+    Raises:
+        ValueError: A key is unknown or a value is wrong; one line that names key and reason.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ValueError(f"{source}: {key}: {reason}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every value stated."""
+    yaml = require("yaml", "cli")
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
