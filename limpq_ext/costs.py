@@ -1,0 +1,195 @@
+"""What every layer of a network costs, counted exactly, and what a policy costs with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar, Final
+
+from limpq_ext.bits import check_bits
+from limpq_ext.files import STRICT, load_document, save_document
+
+FORMAT: Final = "limpq-costs"
+VERSION: Final = 1
+
+FIXED_BITS: Final = 8
+"""Bit-width of the first and the last layer, weights and activations, which are not searched."""
+
+FLOAT_BITS: Final = 32
+"""Bits per weight of the float model that compression ratios compare with."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one layer; checked as part of `Costs`.
+
+    Attributes:
+        name: Name of the layer, as in ``named_modules()`` of the float model.
+        kind: What it is, for example ``"conv2d"`` or ``"linear"``.
+        macs: Multiply-accumulate operations for one sample.
+        weights: Number of elements of its weight; the bias is not counted.
+        activations: Number of elements of its input for one sample.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    weights: int
+    activations: int
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of a network.
+
+    The methods take an assignment: for each searchable layer its name and (weight bits, activation
+    bits), as `Policy.bits` gives it. It may name fixed layers too. They raise ValueError where it
+    lacks a searchable layer or names one that is not in the network.
+
+    Attributes:
+        layers: The searchable layers in the network's order; at least one.
+        fixed: The first and the last layer.
+        meta: Where the numbers come from; anything that JSON has a form for.
+        fixed_bits: Bit-width of the fixed layers where an assignment does not say.
+
+    Raises:
+        TypeError: If a count is not an integer.
+        ValueError: If there is no searchable layer, two layers have one name, or a count is
+            negative, or ``fixed_bits`` is outside 2 to 16.
+    """
+
+    layers: tuple[LayerCost, ...]
+    fixed: tuple[LayerCost, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+    fixed_bits: int = FIXED_BITS
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "fixed", tuple(self.fixed))
+        check_bits("fixed layers", self.fixed_bits)
+        if not self.layers:
+            raise ValueError("costs: there are no searchable layers")
+        seen: set[str] = set()
+        for layer in (*self.layers, *self.fixed):
+            if layer.name in seen:
+                raise ValueError(f"layer {layer.name!r} stands twice in the costs")
+            seen.add(layer.name)
+            for what in ("macs", "weights", "activations"):
+                count = getattr(layer, what)
+                if type(count) is not int:
+                    raise TypeError(f"layer {layer.name!r}: {what} must be an int, got {count!r}")
+                if count < 0:
+                    raise ValueError(f"layer {layer.name!r}: {what} is {count}")
+
+    @property
+    def all_weights(self) -> int:
+        """Number of weights of the whole network, without biases and batch normalisation."""
+        return sum(layer.weights for layer in (*self.layers, *self.fixed))
+
+    def bitops(self, assignment: Mapping[str, tuple[int, int]]) -> int:
+        """BitOps of an assignment for one sample: sum of MACs * weight bits * activation bits.
+
+        Searchable layers only, as LIMPQ's search counts its budget: the fixed layers cost the same
+        under every policy.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            The BitOps, exactly.
+        """
+        self._check_names(assignment)
+        pairs = ((layer, *assignment[layer.name]) for layer in self.layers)
+        return sum(layer.macs * weight * activation for layer, weight, activation in pairs)
+
+    def size_bits(self, assignment: Mapping[str, tuple[int, int]]) -> int:
+        """Size in bits of the weights of an assignment, the fixed layers' included.
+
+        Biases, batch normalisation and the scales are not counted, as in LIMPQ.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            The size in bits, exactly; divided by 8 it is in bytes.
+        """
+        self._check_names(assignment)
+        fixed = (self.fixed_bits, self.fixed_bits)
+        return sum(
+            layer.weights * assignment.get(layer.name, fixed)[0]
+            for layer in (*self.layers, *self.fixed)
+        )
+
+    def compression(self, assignment: Mapping[str, tuple[int, int]]) -> Fraction:
+        """How many times smaller than at 32 bits the weights are: 32 * all weights / size.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            The ratio, exactly.
+
+        Raises:
+            ZeroDivisionError: If the network has no weights.
+        """
+        return Fraction(FLOAT_BITS * self.all_weights, self.size_bits(assignment))
+
+    def mean_bits(self, assignment: Mapping[str, tuple[int, int]]) -> tuple[Fraction, Fraction]:
+        """Mean bit-widths over the searchable layers, where every layer counts the same.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            Mean weight bits and mean activation bits, exactly.
+        """
+        self._check_names(assignment)
+        pairs = [assignment[layer.name] for layer in self.layers]
+        return (
+            Fraction(sum(weight for weight, _ in pairs), len(pairs)),
+            Fraction(sum(activation for _, activation in pairs), len(pairs)),
+        )
+
+    def _check_names(self, assignment: Mapping[str, tuple[int, int]]) -> None:
+        for layer in self.layers:
+            if layer.name not in assignment:
+                raise ValueError(f"layer {layer.name!r} has no bits in the assignment")
+        known = {layer.name for layer in (*self.layers, *self.fixed)}
+        for name in assignment:
+            if name not in known:
+                raise ValueError(f"layer {name!r} of the assignment is not in the costs")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the costs to a JSON file, atomically.
+
+        Args:
+            path: The file to write or to replace.
+
+        Raises:
+            TypeError: If JSON has no form for something in ``meta``.
+            ValueError: If ``meta`` holds a NaN or an infinity.
+            OSError: If the file cannot be written.
+        """
+        save_document(path, self, format=FORMAT, version=VERSION)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Costs:
+        """Read costs from a JSON file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The costs, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it does not hold valid costs.
+        """
+        return load_document(path, cls, format=FORMAT, version=VERSION)

@@ -1,0 +1,290 @@
+"""Importance indicators: the learned step size of every layer at every candidate bit-width."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import operator
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal, get_args
+
+from limpq_ext.bits import check_bits
+from limpq_ext.files import STRICT, FileFormatError, load_document, read_bytes, save_document
+
+FORMAT: Final = "limpq-indicators"
+VERSION: Final = 1
+
+Kind = Literal["weight", "activation"]
+Rule = Literal["forbid", "isotonic", "keep"]
+Action = Literal["forbidden", "changed", "kept"]
+
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+RULES: Final[tuple[Rule, ...]] = get_args(Rule)
+
+
+@dataclass(frozen=True)
+class LayerIndicators:
+    """The indicators of one layer; checked as part of `Indicators`.
+
+    Attributes:
+        name: Name of the layer, as in ``named_modules()`` of the float model.
+        weight: Indicator of the weights for each candidate bit-width, in units of the weights.
+        activation: The same for the layer's input activations.
+    """
+
+    name: str
+    weight: dict[int, float]
+    activation: dict[int, float]
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:  # plain numbers, also where numpy's or a tensor's were given
+            values = {operator.index(b): float(v) for b, v in getattr(self, kind).items()}
+            object.__setattr__(self, kind, dict(sorted(values.items())))
+
+
+@dataclass(frozen=True)
+class NonMonotone:
+    """One indicator that is not above the next one, and what was done about it.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: Which of the layer's indicators.
+        bits: The bit-width, in bits.
+        action: ``"forbidden"`` as a choice, ``"changed"`` in value, or ``"kept"``.
+        old: The indicator as it was learned.
+        new: The indicator that counts now; None where the bit-width is forbidden.
+    """
+
+    layer: str
+    kind: Kind
+    bits: int
+    action: Action
+    old: float
+    new: float | None
+
+
+@dataclass(frozen=True)
+class Indicators:
+    """What joint training learned and the search needs.
+
+    Attributes:
+        bits: Candidate bit-widths, ascending; the same for every layer, weights and activations.
+        layers: The searchable layers in the network's order.
+        meta: Where they come from; anything that JSON has a form for.
+
+    Raises:
+        ValueError: If there are no layers or no bits, a bit-width is outside 2 to 16 or stands
+            twice, two layers have one name, a layer lacks a bit-width or has another, or an
+            indicator is NaN, infinite, zero or negative. The message names the layer and the bits.
+    """
+
+    bits: tuple[int, ...]
+    layers: tuple[LayerIndicators, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+
+    def __post_init__(self) -> None:
+        bits = sorted(check_bits("indicators", b) for b in self.bits)
+        object.__setattr__(self, "bits", tuple(bits))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not bits:
+            raise ValueError("indicators: there are no candidate bits")
+        if len(set(bits)) < len(bits):
+            raise ValueError(f"indicators: a bit-width stands twice in {bits}")
+        if not self.layers:
+            raise ValueError("indicators: there are no layers")
+        seen: set[str] = set()
+        for layer in self.layers:
+            if layer.name in seen:
+                raise ValueError(f"layer {layer.name!r} stands twice in the indicators")
+            seen.add(layer.name)
+            for kind in KINDS:
+                self._check_values(f"layer {layer.name!r}: {kind} indicator", getattr(layer, kind))
+
+    def _check_values(self, what: str, values: Mapping[int, float]) -> None:
+        for b in self.bits:
+            if b not in values:
+                raise ValueError(f"{what} at {b} bits is missing")
+        for b, value in values.items():
+            if b not in self.bits:
+                raise ValueError(f"{what} at {b} bits: the candidates are {list(self.bits)}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{what} at {b} bits is {value}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the indicators to a JSON file, atomically.
+
+        Args:
+            path: The file to write or to replace.
+
+        Raises:
+            TypeError: If JSON has no form for something in ``meta``.
+            ValueError: If ``meta`` holds a NaN or an infinity.
+            OSError: If the file cannot be written.
+        """
+        save_document(path, self, format=FORMAT, version=VERSION)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Indicators:
+        """Read indicators from a JSON file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The indicators, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it does not hold valid indicators.
+        """
+        return load_document(path, cls, format=FORMAT, version=VERSION)
+
+    @classmethod
+    def from_limpq(cls, path: str | os.PathLike[str]) -> Indicators:
+        """Read the pickle that LIMPQ's own indicator training writes.
+
+        It holds ``{"weight": {layer: {"6": s, ...}}, "act": ..., "layer_name": [layer, ...]}``,
+        with the ``module.`` of DataParallel before the names, which is taken off. Only containers,
+        strings and numbers are read: a pickle that asks for any class or function is refused.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The indicators, layers in the order of ``layer_name``, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it is not such a pickle or its indicators are not valid.
+        """
+        data = read_bytes(path, "LIMPQ indicators")
+        try:
+            content = _PlainUnpickler(io.BytesIO(data)).load()
+        except Exception as error:  # a broken pickle raises almost anything
+            raise FileFormatError(f"{os.fspath(path)}: not read as a pickle: {error}") from error
+        try:
+            layers = tuple(_limpq_layers(content))
+            bits = tuple(layers[0].weight) if layers else ()
+            return cls(bits, layers, {"source": f"LIMPQ, {os.path.basename(path)}"})  # noqa: PTH119
+        except (ValueError, OverflowError) as error:
+            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+    def monotone(self, rule: Rule) -> tuple[Indicators, tuple[NonMonotone, ...]]:
+        """Deal with indicators that do not fall as bits grow, and say what was done.
+
+        A pair of neighbouring candidates is out of order where the indicator at the lower
+        bit-width is below the one at the higher. ``"forbid"`` takes the lower bit-width of such a
+        pair out of the search, judged on the learned values only (LIMPQ's search.py does it with a
+        huge cost); the highest candidate therefore always stays. ``"isotonic"`` replaces the
+        values by the nearest ones, in least squares, that do not rise with bits (pool adjacent
+        violators). ``"keep"`` leaves all as it is.
+
+        Args:
+            rule: ``"forbid"``, ``"isotonic"`` or ``"keep"``.
+
+        Returns:
+            The indicators to search with, which only ``"isotonic"`` changes, and one record for
+            each bit-width that is forbidden, changed, or kept as the lower one of such a pair.
+
+        Raises:
+            ValueError: If there is no such rule.
+        """
+        if rule not in RULES:
+            raise ValueError(f"non-monotone rule {rule!r}: not one of {', '.join(RULES)}")
+        records: list[NonMonotone] = []
+        layers = []
+        for layer in self.layers:
+            repaired = {}
+            for kind in KINDS:
+                old: dict[int, float] = getattr(layer, kind)
+                repaired[kind] = _isotonic(old) if rule == "isotonic" else old
+                if rule == "isotonic":
+                    touched = [b for b in self.bits if repaired[kind][b] != old[b]]
+                else:
+                    pairs = itertools.pairwise(self.bits)
+                    touched = [low for low, high in pairs if old[low] < old[high]]
+                for b in touched:
+                    action, new = _OUTCOMES[rule], repaired[kind][b]
+                    records.append(
+                        NonMonotone(
+                            layer.name, kind, b, action, old[b], None if rule == "forbid" else new
+                        )
+                    )
+            layers.append(LayerIndicators(layer.name, repaired["weight"], repaired["activation"]))
+        return dataclasses.replace(self, layers=tuple(layers)), tuple(records)
+
+
+_OUTCOMES: Final[dict[Rule, Action]] = {
+    "forbid": "forbidden",
+    "isotonic": "changed",
+    "keep": "kept",
+}
+
+
+def _isotonic(values: Mapping[int, float]) -> dict[int, float]:
+    """The nearest values in least squares that do not rise with bits (pool adjacent violators)."""
+    pools: list[list[float]] = []  # neighbours that share one value, their mean
+    for b in sorted(values):
+        pools.append([values[b]])
+        while len(pools) > 1 and _mean(pools[-2]) < _mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    means = [_mean(pool) for pool in pools for _ in pool]
+    return dict(zip(sorted(values), means, strict=True))
+
+
+def _mean(values: list[float]) -> float:
+    return values[0] if len(values) == 1 else math.fsum(values) / len(values)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; whatever names a class or a function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+
+def _limpq_layers(content: Any) -> Iterator[LayerIndicators]:
+    """The layers of an unpickled LIMPQ file.
+
+    Raises:
+        FileFormatError: If something in it is missing or of another type.
+    """
+    expected = {"weight": dict, "act": dict, "layer_name": list}
+    if not isinstance(content, dict) or content.keys() != expected.keys():
+        raise FileFormatError(f"does not hold a dict of exactly {', '.join(expected)}")
+    for key, kind in expected.items():
+        if not isinstance(content[key], kind):
+            raise FileFormatError(f"{key}: is no {kind.__name__}")
+    names = content["layer_name"]
+    for key in ("weight", "act"):
+        for name in content[key]:
+            if name not in names:
+                raise FileFormatError(f"{key}: layer {name!r} is not in layer_name")
+    for name in names:
+        if not isinstance(name, str):
+            raise FileFormatError(f"layer_name: {name!r} is no string")
+        weight, activation = (_limpq_values(content[key], key, name) for key in ("weight", "act"))
+        yield LayerIndicators(name.removeprefix("module."), weight, activation)
+
+
+def _limpq_values(layers: dict[Any, Any], key: str, name: str) -> dict[int, float]:
+    """The indicators of one layer, whose bits are strings in the file."""
+    values = layers.get(name)
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{key}: layer {name!r} has no dict of indicators")
+    for b, value in values.items():
+        if not (isinstance(b, str) and b.isascii() and b.isdigit() and b == str(int(b))):
+            raise FileFormatError(f"{key}: layer {name!r}: {b!r} is no bit-width")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise FileFormatError(f"{key}: layer {name!r}: indicator at {b} bits is no number")
+    return {int(b): value for b, value in values.items()}

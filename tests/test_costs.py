@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from limpq_ext.costs import Costs, LayerCost
+from limpq_ext.files import FileFormatError
+from limpq_ext.policy import Policy
+
+COSTS = Costs(
+    layers=(LayerCost("a", "conv2d", 1000, 10, 7), LayerCost("b", "linear", 10**18 + 1, 3, 5)),
+    fixed=(LayerCost("first", "conv2d", 5, 2, 1), LayerCost("last", "linear", 6, 4, 1)),
+    meta={"input": [1, 3, 8, 8]},
+)
+BITS = {"a": (2, 3), "b": (4, 5)}
+
+
+def test_save_and_load_give_the_same_costs(tmp_path):
+    path = tmp_path / "costs.json"
+    COSTS.save(path)
+    assert Costs.load(path) == COSTS
+    document = json.loads(path.read_text())
+    assert (document["format"], document["version"]) == ("limpq-costs", 1)
+
+
+def test_bitops_are_macs_times_both_bits_of_the_searchable_layers_exactly():
+    assert COSTS.bitops(BITS) == 1000 * 6 + (10**18 + 1) * 20
+
+
+def test_size_counts_the_fixed_layers_at_8_bits():
+    assert COSTS.size_bits(BITS) == 10 * 2 + 3 * 4 + (2 + 4) * 8
+
+
+def test_size_takes_the_bits_of_a_fixed_layer_where_they_are_given():
+    assert COSTS.size_bits({**BITS, "last": (2, 2)}) == 10 * 2 + 3 * 4 + 2 * 8 + 4 * 2
+
+
+def test_compression_is_the_ratio_to_32_bits():
+    assert COSTS.compression(BITS) == Fraction(32 * 19, 80)
+
+
+def test_mean_bits_count_every_searchable_layer_the_same():
+    assert COSTS.mean_bits(BITS) == (3, 4)
+    assert COSTS.mean_bits({"a": (2, 2), "b": (3, 3), "first": (8, 8)})[0] == Fraction(5, 2)
+
+
+def test_a_policy_can_be_counted():
+    policy = Policy.uniform(COSTS, 3, 4)
+    assert COSTS.bitops(policy.bits()) == (10**18 + 1001) * 12
+    assert COSTS.size_bits(policy.bits()) == 13 * 3 + 6 * 8
+
+
+def test_an_assignment_has_to_fit_the_layers():
+    with pytest.raises(ValueError, match="layer 'b' has no bits in the assignment"):
+        COSTS.bitops({"a": (2, 2)})
+    with pytest.raises(ValueError, match="layer 'c' of the assignment is not in the costs"):
+        COSTS.size_bits({**BITS, "c": (2, 2)})
+
+
+def layer(**fields):
+    return LayerCost(**{"name": "a", "kind": "conv2d", "macs": 1, "weights": 1} | fields)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fixed", "message"),
+    [
+        ((), (), "no searchable layers"),
+        ((layer(activations=1),) * 2, (), "layer 'a' stands twice"),
+        ((layer(activations=1),), (layer(activations=1),), "layer 'a' stands twice"),
+        ((layer(activations=-1),), (), "layer 'a': activations is -1"),
+        ((layer(activations=1, macs=-5),), (), "layer 'a': macs is -5"),
+    ],
+)
+def test_costs_that_cannot_be_are_refused(layers, fixed, message):
+    with pytest.raises(ValueError, match=message):
+        Costs(layers, fixed)
+
+
+@pytest.mark.parametrize("count", [1.5, 2.0, "3", True])
+def test_counts_have_to_be_integers(count):
+    with pytest.raises(TypeError, match="layer 'a': activations must be an int"):
+        Costs((layer(activations=count),), ())
+
+
+@pytest.mark.parametrize("bits", [1, 17])
+def test_fixed_bits_outside_2_to_16_are_refused(bits):
+    with pytest.raises(ValueError, match=r"fixed layers: .* outside 2 to 16"):
+        Costs(COSTS.layers, COSTS.fixed, fixed_bits=bits)
+
+
+def test_a_wrong_field_in_a_file_is_named(tmp_path):
+    path = tmp_path / "costs.json"
+    COSTS.save(path)
+    path.write_text(path.read_text().replace('"macs": 1000', '"macs": 1000.5'))
+    with pytest.raises(FileFormatError, match=r"costs\.json: layers\[0\]\.macs: .*integer"):
+        Costs.load(path)
+
+
+def test_another_documents_file_is_refused(tmp_path):
+    path = tmp_path / "policy.json"
+    Policy.uniform(COSTS, 3, 4).save(path)
+    with pytest.raises(FileFormatError, match=r'format: is "limpq-policy"; .* "limpq-costs"'):
+        Costs.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "costs.json"
+    COSTS.save(path)
+    with pytest.raises(TypeError, match="not written"):
+        Costs(COSTS.layers, COSTS.fixed, {"model": object()}).save(path)
+    assert Costs.load(path) == COSTS
