@@ -37,6 +37,7 @@ class BuildWithoutTorch(build_ext):
     """Fails with the one sentence that helps."""
 
     def run(self) -> None:
+        """Say what is missing."""
         sys.exit(
             "limpq_ext: torch is not installed where this build runs; install it first"
             " (pip install 'torch>=2.11') and build with `pip install --no-build-isolation .`"

@@ -72,4 +72,3 @@ __all__ = [
     "select_bits",
     "uniform",
 ]
-

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .extras import require
 
@@ -238,8 +238,7 @@ def evaluate(
     with _Reporter().stage("evaluating") as on_step:
         result = session.evaluate(weights, chosen, on_step)
     print(
-        f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f},"
-        f" {result.samples} samples"
+        f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}, {result.samples} samples"
     )
 
 
@@ -250,7 +249,7 @@ def info() -> None:
 
     import torch
 
-    from . import __version__, _C
+    from . import _C, __version__
     from ._build import TORCH_VERSION
 
     rows = {
@@ -380,7 +379,10 @@ def _print_policy(policy: Policy, costs: Costs) -> None:
 
 
 def _print_report(report: RunReport) -> None:
-    console, table_class = require("rich.console", "cli").Console, require("rich.table", "cli").Table
+    console, table_class = (
+        require("rich.console", "cli").Console,
+        require("rich.table", "cli").Table,
+    )
     results = table_class(title="Results on the test set")
     for title in ("network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression"):
         results.add_column(title, justify="left" if title == "network" else "right")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from limpq_ext.bits import check_bits
 from limpq_ext.files import STRICT, load_document, save_document
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FORMAT: Final = "limpq-costs"
 VERSION: Final = 1
@@ -193,3 +196,47 @@ class Costs:
             FileFormatError: If it does not hold valid costs.
         """
         return load_document(path, cls, format=FORMAT, version=VERSION)
+
+
+def profile(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    fixed: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> Costs:
+    """Count the costs of a model's layers exactly, without computing anything.
+
+    One sample is followed through the model on fake tensors; MACs come from the real shapes of what
+    each layer puts out, for grouped and depthwise convolutions too.
+
+    Args:
+        model: Any module that :func:`limpq_ext.prepare` accepts; it is not changed.
+        example_input: What its forward takes, with a batch axis; only shapes matter.
+        fixed: Names or patterns of the fixed layers. None: the first and the last that run.
+        exclude: Names or patterns of modules to leave out.
+
+    Returns:
+        The costs for one sample, layers in the order in which they first run.
+
+    Raises:
+        ValueError: The model cannot be followed or quantized, or a name fits no layer.
+    """
+    # Costs are numbers, and reading them from a file does not need torch.
+    from .trace import split_layers, trace
+
+    found = trace(model, example_input, exclude=exclude)
+    _, fixed_names = split_layers(found, fixed)
+    costs = {
+        layer.name: LayerCost(layer.name, layer.kind, layer.macs, layer.weights, layer.activations)
+        for layer in found.layers
+    }
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    return Costs(
+        layers=tuple(costs[name] for name in costs if name not in fixed_names),
+        fixed=tuple(costs[name] for name in fixed_names),
+        meta={
+            "model": type(model).__name__,
+            "input_shapes": [list(value.shape[1:]) for value in inputs],
+        },
+    )

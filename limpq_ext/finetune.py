@@ -50,9 +50,7 @@ def finetune(
         ValueError: A number is out of range, the data set is empty, or the loss became NaN.
     """
     device = device_of(model)
-    updates = make_optimizer(
-        model, optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
+    updates = make_optimizer(model, optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def take_step(x: Tensor, target: Tensor) -> Tensor:
         updates.zero_grad(set_to_none=True)

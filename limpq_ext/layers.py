@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,7 +58,8 @@ class QuantizedLayer(nn.Module):
 class _QuantConv(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         x = self.input_quantizer(input)
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]  # of nn.ConvNd
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -251,7 +250,6 @@ def _with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
     return twin
 
 
-@cache
 def _quantized_class(
     own: type[nn.Module], base: type[nn.Module], overrides: bool
 ) -> type[QuantizedLayer]:
@@ -261,7 +259,6 @@ def _quantized_class(
     return type(f"Quant{own.__name__}", (mixin, own), {"__module__": own.__module__})
 
 
-@cache
 def _switchable_class(own: type[_BatchNorm]) -> type[SwitchableBatchNorm]:
     return type(
         f"Switchable{own.__name__}", (SwitchableBatchNorm, own), {"__module__": own.__module__}

@@ -102,7 +102,7 @@ def create_model(name: str, **options: Any) -> nn.Module:
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's state_dict to a safetensors file; an old file stays until the new is whole."""
+    """Write a model's state_dict to a safetensors file, which is replaced once it is whole."""
     save = require("safetensors.torch", "train").save
     # Tied tensors are written once per name: safetensors refuses tensors that share memory.
     tensors = {
@@ -131,7 +131,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {str(error).splitlines()[-1].strip()}") from error
+        raise FileFormatError(
+            f"{os.fspath(path)}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     for problem, names in (("lacks", missing), ("has, unlike the model,", unexpected)):
         if names:
             raise FileFormatError(
@@ -152,7 +154,9 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
-        raise FileFormatError(f"{os.fspath(path)}: not a readable checkpoint: {first_line}") from error
+        raise FileFormatError(
+            f"{os.fspath(path)}: not a readable checkpoint: {first_line}"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

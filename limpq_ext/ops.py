@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (loading it registers torch.ops.limpq)
+from . import _C as _C  # loading it registers torch.ops.limpq
 from .bits import check_bits
 
 SCALE_MIN = 1e-5

@@ -400,7 +400,12 @@ class _Stages:
         key = hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
         before = self.record.get(name)
         known = before is not None and before["inputs"] == key and not always
-        if known and not self.fresh and all((self.folder / file).exists() for file in outputs):
+        if (
+            before is not None
+            and known
+            and not self.fresh
+            and all((self.folder / file).exists() for file in outputs)
+        ):
             self.reporter.say(f"{name}: nothing it depends on has changed, reused")
             self.reused.append(name)
             self.seconds[name] = before["seconds"]

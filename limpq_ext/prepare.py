@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .layers import QuantizedLayer, SwitchableBatchNorm, quantizable_base, quantize_layer
 from .policy import Policy
 from .quantizers import check_candidates
-from .trace import Trace, check_patterns, matches, trace
+from .trace import matches, split_layers, trace
 
 
 def prepare(
@@ -137,33 +137,6 @@ def apply_policy(
             f"left in float, since the policy has no bits for them: {_some(missing)}", stacklevel=2
         )
     return _swap_modules(quantized, swap)
-
-
-def split_layers(
-    found: Trace, fixed: Sequence[str] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a traced model's searchable and of its fixed layers, in order of execution.
-
-    Args:
-        found: What :func:`limpq_ext.trace.trace` returned.
-        fixed: Names or patterns; None for the first and the last layer.
-
-    Raises:
-        ValueError: A name fits no layer, or no layer is left to search.
-    """
-    names = [layer.name for layer in found.layers]
-    if fixed is None:
-        kept = set(names[:1] + names[-1:])
-    else:
-        check_patterns(fixed, names, "fixed")
-        kept = {name for name in names if matches(name, fixed)}
-    searchable = tuple(name for name in names if name not in kept)
-    if not searchable:
-        raise ValueError(
-            f"no layer is left to search: the model runs {len(names)} quantizable layers and"
-            f" {len(kept)} of them are fixed"
-        )
-    return searchable, tuple(name for name in names if name in kept)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -14,7 +14,7 @@ pydantic = require("pydantic", "cli")
 Field = pydantic.Field
 
 
-class _Section(pydantic.BaseModel):  # type: ignore[misc, name-defined]  # imported by require
+class _Section(pydantic.BaseModel):  # type: ignore[name-defined]  # imported by require
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
@@ -84,7 +84,9 @@ class Recipe(_Section):
     """All that ``limpq run`` does; the defaults are the digits demonstration."""
 
     seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     bits: tuple[int, ...] = (2, 3, 4, 5, 6)

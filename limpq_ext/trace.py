@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,33 @@ def trace(
     return recorder.result()
 
 
+def split_layers(
+    found: Trace, fixed: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a traced model's searchable and of its fixed layers, in order of execution.
+
+    Args:
+        found: What :func:`trace` returned.
+        fixed: Names or patterns; None for the first and the last layer.
+
+    Raises:
+        ValueError: A name fits no layer, or no layer is left to search.
+    """
+    names = [layer.name for layer in found.layers]
+    if fixed is None:
+        kept = set(names[:1] + names[-1:])
+    else:
+        check_patterns(fixed, names, "fixed")
+        kept = {name for name in names if matches(name, fixed)}
+    searchable = tuple(name for name in names if name not in kept)
+    if not searchable:
+        raise ValueError(
+            f"no layer is left to search: the model runs {len(names)} quantizable layers and"
+            f" {len(kept)} of them are fixed"
+        )
+    return searchable, tuple(name for name in names if name in kept)
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module's name, or that of a module around it, fits one of the patterns."""
     parts = name.split(".")
@@ -222,20 +249,19 @@ class _Recorder(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.active.pop()
-        if not self.quantizable(module):
+        base = quantizable_base(module)
+        if base is None or not self.quantizable(module):
             return
         name = self.names[module]
-        if name not in self.totals:
-            self.order.append(name)
-        weight = module.weight
+        weight = cast(Tensor, module.weight)
         before = self.totals.get(name)
-        self.totals[name] = TracedLayer(
-            name,
-            quantizable_base(module).__name__.lower(),
-            # Each output element sums the weights of one output channel.
-            (before.macs if before else 0) + output.numel() * (weight.numel() // weight.shape[0]),
-            weight.numel(),
-            (before.activations if before else 0) + inputs[0].numel(),
+        if before is None:
+            self.order.append(name)
+            before = TracedLayer(name, base.__name__.lower(), 0, weight.numel(), 0)
+        # Each output element sums the weights of one output channel.
+        macs = output.numel() * (weight.numel() // weight.shape[0])
+        self.totals[name] = replace(
+            before, macs=before.macs + macs, activations=before.activations + inputs[0].numel()
         )
         _set_source(output, self.order.index(name))
 
@@ -284,7 +310,7 @@ def _source_of(values: Any) -> int | None:
 def _set_source(values: Any, source: int) -> None:
     def mark(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-            leaf._limpq_source = source
+            leaf._limpq_source = source  # type: ignore[attr-defined]  # a mark of this module
         return leaf
 
     tree_map(mark, values)

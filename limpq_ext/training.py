@@ -1,4 +1,4 @@
-"""What every training stage shares: optimizers, the learning rate's course, one epoch, evaluation."""
+"""What every training stage shares: optimizers, the course of the learning rate, evaluation."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def run_epochs(
         loss = float(loss_sum) / steps_per_epoch
         if not math.isfinite(loss):
             raise ValueError(f"the loss became {loss} in epoch {epoch}: lower the learning rate")
-        record = {"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0]}
+        record = {"epoch": epoch, "loss": loss, "lr": float(schedule.get_last_lr()[0])}
         records.append(record)
         if on_epoch is not None:
             on_epoch(record)
