@@ -79,6 +79,15 @@ def test_one_unit_in_a_quadrillion_too_much_is_not_taken_and_the_last_one_is(roo
     assert row.use(solution.chosen) <= row.limit
 
 
+def test_the_only_answer_is_found_where_it_is_far_from_the_relaxed_one():
+    costs = [[*range(0, 40, 2), 1]] * 2  # an odd sum needs the one odd cost, which is dear
+    values = [[0.1 + 0.001 * i for i in range(20)] + [100.0]] * 2
+    at_most, at_least = Row(costs, 11), Row([[40 - cost for cost in group] for group in costs], 69)
+    solution = solve(values, [at_most, at_least])
+    assert at_most.use(solution.chosen) == 11
+    assert total(values, solution.chosen) == pytest.approx(100.105, rel=1e-9)
+
+
 def test_a_row_that_every_choice_costs_the_same_is_no_row():
     assert solve([[0.5, 0.25]], [Row([[7, 7]], 7)]).chosen == (1,)
 
