@@ -162,8 +162,11 @@ def search(
         mean_activation_bits=mean_activation_bits,
     )
     _check_feasible(budgets)
+    values = [[math.fsum(choice.terms) for choice in layer] for layer in choices]
+    if not math.isfinite(max(map(max, values))):
+        raise ValueError(f"alpha {alpha} is too large for these indicators")
     solution = minimise(
-        [[math.fsum(choice.terms) for choice in layer] for layer in choices],
+        values,
         [budget.row for budget in budgets],
         gap=gap,
         deadline=start + (math.inf if time_limit is None else time_limit),

@@ -340,6 +340,12 @@ def test_alpha_and_gap_have_to_be_finite_and_not_negative(value):
             search(*example(), **{option: value})
 
 
+def test_an_alpha_that_overflows_is_refused():
+    layer = LayerIndicators("layer0", {2: 200.0, 3: 100.0}, {2: 2.0, 3: 1.0})
+    with pytest.raises(ValueError, match=r"alpha 1e\+308 is too large"):
+        search(Indicators((2, 3), (layer,)), example(count=1)[1], alpha=1e308)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan])
 def test_a_time_limit_has_to_be_positive(value):
     with pytest.raises(ValueError, match="time_limit must be positive and finite"):
