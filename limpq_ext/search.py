@@ -14,7 +14,6 @@ checked in integers afterwards.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import numbers
 import time
@@ -22,13 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final
-
-import numpy as np
+from typing import Any
 
 from limpq_ext.bits import check_bits
 from limpq_ext.costs import FLOAT_BITS, Costs
-from limpq_ext.extras import require
+from limpq_ext.ilp import TOLERANCE, Row, minimise
 from limpq_ext.indicators import Indicators, NonMonotone, Rule
 from limpq_ext.policy import BudgetUse, LayerBits, Policy
 
@@ -40,10 +37,6 @@ _Definition = tuple[
     Callable[[Fraction], Fraction],
     Callable[[int], Fraction],
 ]
-
-TOLERANCE: Final = 1e-9
-"""HiGHS's feasibility tolerance, and the relative gap that is rounding error. Rows and objective
-are scaled to coefficients of at most 1024, so that one unit of most budgets is well above it."""
 
 
 class InfeasibleError(ValueError):
@@ -169,15 +162,20 @@ def search(
         mean_activation_bits=mean_activation_bits,
     )
     _check_feasible(budgets)
-    solver = _Solver(choices, budgets, gap)
-    deadline = start + (math.inf if time_limit is None else time_limit)
-    while violated := solver.solve(deadline):
-        solver.cut_off(violated)
-    chosen = [layer[i] for layer, i in zip(choices, solver.chosen, strict=True)]
+    values = [[math.fsum(choice.terms) for choice in layer] for layer in choices]
+    if not math.isfinite(max(map(max, values))):
+        raise ValueError(f"alpha {alpha} is too large for these indicators")
+    solution = minimise(
+        values,
+        [budget.row for budget in budgets],
+        gap=gap,
+        deadline=start + (math.inf if time_limit is None else time_limit),
+    )
+    chosen = [layer[i] for layer, i in zip(choices, solution.chosen, strict=True)]
     objective = math.fsum(term for choice in chosen for term in choice.terms)
-    bound = min(objective, solver.bound)
+    bound = min(objective, solution.bound)
     proven = (objective - bound) / objective if objective else 0.0
-    uses = {budget.name: budget.use(solver.chosen) for budget in budgets}
+    uses = {budget.name: budget.row.use(solution.chosen) for budget in budgets}
     return Policy(
         layers=tuple(
             LayerBits(layer.name, choice.weight_bits, choice.activation_bits)
@@ -193,10 +191,10 @@ def search(
             "non_monotone": non_monotone,
             "non_monotone_records": [dataclasses.asdict(record) for record in records],
             "check": [
-                {"name": b.name, "unit": b.unit, "limit": b.limit, "used": uses[b.name]}
+                {"name": b.name, "unit": b.unit, "limit": b.row.limit, "used": uses[b.name]}
                 for b in budgets
             ],
-            "solver": f"HiGHS {solver.version}",
+            "solver": solution.solver,
             "seconds": time.perf_counter() - start,
         },
     )
@@ -218,18 +216,8 @@ class _Budget:
     name: str
     unit: str
     asked: int | float
-    limit: int
-    coefficients: list[list[int]]  # of each layer's choices
+    row: Row
     in_units: Callable[[int], Fraction]
-
-    def use(self, chosen: Sequence[int]) -> int:
-        """What an answer uses, in the row's units."""
-        return sum(row[i] for row, i in zip(self.coefficients, chosen, strict=True))
-
-    @property
-    def smallest(self) -> int:
-        """What the cheapest choices use, in the row's units."""
-        return sum(min(row) for row in self.coefficients)
 
     def shown(self, use: int) -> int | float:
         """A use in the user's units, rounded such that it can be asked for as a limit again."""
@@ -313,8 +301,9 @@ def _budgets(
             wanted = _number(name, value)
         pairs = zip(costs.layers, choices, strict=True)
         rows = [[cost(layer, choice) for choice in columns] for layer, columns in pairs]
+        row = Row(rows, math.floor(limit(wanted)))
         shown = int(wanted) if wanted.denominator == 1 else float(wanted)
-        budgets.append(_Budget(name, unit, shown, math.floor(limit(wanted)), rows, in_units))
+        budgets.append(_Budget(name, unit, shown, row, in_units))
     return budgets
 
 
@@ -356,9 +345,9 @@ def _check_names(indicators: Indicators, costs: Costs) -> None:
 
 def _check_feasible(budgets: Sequence[_Budget]) -> None:
     """The lowest bits of every layer are at the minimum of every budget at once."""
-    broken = [budget for budget in budgets if budget.limit < budget.smallest]
+    broken = [budget for budget in budgets if budget.row.limit < budget.row.smallest]
     if broken:
-        smallest = {budget.name: budget.shown(budget.smallest) for budget in broken}
+        smallest = {budget.name: budget.shown(budget.row.smallest) for budget in broken}
         parts = []
         for budget in broken:
             most, sign = ("largest", ">=") if budget.name == "compression" else ("smallest", "<=")
@@ -371,163 +360,3 @@ def _check_feasible(budgets: Sequence[_Budget]) -> None:
             tuple(smallest),
             smallest,
         )
-
-
-class _Solver:
-    """The program as HiGHS gets it, and what HiGHS answered.
-
-    Attributes:
-        chosen: Index of each layer's choice in the last answer.
-        bound: Proven lower bound of the objective.
-        version: Version of HiGHS.
-    """
-
-    def __init__(
-        self, choices: list[list[_Choice]], budgets: Sequence[_Budget], gap: float
-    ) -> None:
-        self._highspy: Any = require("highspy", "search")
-        self._budgets = budgets
-        self._gap = gap
-        self._options = {
-            "output_flag": False,
-            "mip_rel_gap": gap,
-            "mip_abs_gap": 0.0,
-            "mip_feasibility_tolerance": TOLERANCE,
-            "primal_feasibility_tolerance": TOLERANCE,
-            "dual_feasibility_tolerance": TOLERANCE,
-            # the relaxed program is so close that looking for better starts only costs time
-            "mip_allow_restart": False,
-            "mip_heuristic_effort": 0.0,
-            "mip_heuristic_run_feasibility_jump": False,
-        }
-        self._starts = np.cumsum([0, *map(len, choices)])
-        costs = [math.fsum(choice.terms) for layer in choices for choice in layer]
-        self._exponent = 10 - math.frexp(max(costs))[1]
-        self._costs = [math.ldexp(cost, self._exponent) for cost in costs]
-        # rows as (columns, coefficients, lower, upper)
-        self._rows: list[tuple[Any, Any, float, float]] = []
-        for first, end in itertools.pairwise(self._starts):
-            self._rows.append((np.arange(first, end), np.ones(end - first), 1.0, 1.0))
-        for budget in budgets:
-            self._add_budget(budget)
-        self.chosen: list[int] = []
-        self.bound = -math.inf
-        self.version: str = self._highspy.Highs().version()
-
-    def _add_budget(self, budget: _Budget) -> None:
-        """A budget's row, without what every choice costs, in its largest unit, and scaled.
-
-        The scale is a power of two, so that only integers above 2^53 are rounded.
-        """
-        above = [c - min(row) for row in budget.coefficients for c in row]
-        unit = math.gcd(*above)
-        if unit == 0:  # every choice costs the same
-            return
-        exponent = min(0, 10 - (max(above) // unit).bit_length())
-        columns = np.flatnonzero(np.array(above, dtype=object))
-        values = [math.ldexp(above[column] // unit, exponent) for column in columns]
-        limit = math.ldexp((budget.limit - budget.smallest) // unit, exponent)
-        self._rows.append((columns, np.array(values), -math.inf, limit))
-
-    def solve(self, deadline: float) -> list[_Budget]:
-        """Solve, and return the budgets that the answer breaks when counted in exact integers.
-
-        The relaxed program comes first, in milliseconds. By duality, a policy that uses a column
-        whose reduced cost is above r has an objective above the relaxed one + r. So a small core,
-        the columns up to some r, is solved as integers; if its best lies within r, it is the best
-        of all, else r is raised to it. This is some three times faster than all columns at once.
-        """
-        relaxed, solved = self._run(deadline)
-        if not solved:
-            raise TimeoutError("no policy was found within the time limit")
-        floor = relaxed.getInfo().objective_function_value
-        reduced = np.asarray(relaxed.getSolution().col_dual)
-        reach = np.partition(reduced, k := min(3 * len(self._starts), len(reduced)) - 1)[k]
-        best = math.inf
-        while True:
-            core = reduced <= reach
-            if core.all():
-                reach = math.inf
-            highs, solved = self._run(deadline, core)
-            info = highs.getInfo()
-            if solved:
-                best = info.objective_function_value
-                values = np.asarray(highs.getSolution().col_value)
-                layers = itertools.pairwise(self._starts)
-                self.chosen = [int(np.argmax(values[first:end])) for first, end in layers]
-            elif time.perf_counter() >= deadline and best == math.inf:
-                raise TimeoutError("no policy was found within the time limit")
-            elif reach == math.inf:
-                raise RuntimeError("HiGHS finds no policy, although there is one")
-            bound = max(floor, min(info.mip_dual_bound, floor + reach))
-            enough = best <= floor + reach or best - bound <= self._gap * best
-            if best < math.inf and (enough or time.perf_counter() >= deadline):
-                self.bound = math.ldexp(bound, -self._exponent)
-                return [b for b in self._budgets if b.use(self.chosen) > b.limit]
-            reach = best - floor
-
-    def _run(self, deadline: float, core: Any = None) -> tuple[Any, bool]:
-        """Run HiGHS on the relaxed program, or in integers on the columns of a core.
-
-        Returns:
-            The solver, and whether it has a solution. It may have none where the core is
-            infeasible or the deadline passed.
-        """
-        highspy = self._highspy
-        highs = highspy.Highs()
-        for name, value in self._options.items():
-            highs.setOptionValue(name, value)
-        highs.setOptionValue("time_limit", max(0.0, deadline - time.perf_counter()))
-        highs.passModel(self._model(core))
-        highs.run()
-        status, known = highs.getModelStatus(), highspy.HighsModelStatus
-        if status not in (known.kOptimal, known.kTimeLimit, known.kInfeasible):
-            raise RuntimeError(f"HiGHS: {highs.modelStatusToString(status)}")
-        feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
-        found = highs.getInfo().primal_solution_status == feasible
-        return highs, found and (core is not None or status == known.kOptimal)
-
-    def cut_off(self, violated: Sequence[_Budget]) -> None:
-        """Exclude the last answer, which breaks budgets by less than HiGHS's tolerance.
-
-        A cover inequality: if every layer of a set costs as much as it does in this answer, the
-        budget is broken, so one of them has to cost less. It is exact, small, and excludes no
-        policy that keeps the budget, which a tightened limit could.
-        """
-        for budget in violated:
-            pairs = zip(budget.coefficients, self.chosen, strict=True)
-            extra = [row[i] - min(row) for row, i in pairs]
-            excess = budget.use(self.chosen) - budget.limit
-            cover = []
-            for layer in np.argsort(np.array(extra, dtype=object), kind="stable"):
-                if extra[layer] < excess:
-                    excess -= extra[layer]  # broken without this layer too
-                else:
-                    cover.append(layer)
-            columns = [
-                self._starts[layer] + i
-                for layer in cover
-                for i, cost in enumerate(budget.coefficients[layer])
-                if cost >= budget.coefficients[layer][self.chosen[layer]]
-            ]
-            self._rows.append((columns, np.ones(len(columns)), -math.inf, len(cover) - 1.0))
-
-    def _model(self, core: Any) -> Any:
-        """The relaxed program, or the one in integers with the columns of a core only."""
-        highspy = self._highspy
-        model = highspy.HighsLp()
-        count = len(self._costs)
-        columns, values, lower, upper = zip(*self._rows, strict=True)
-        model.num_col_, model.num_row_ = count, len(self._rows)
-        model.col_cost_ = np.array(self._costs)
-        model.col_lower_ = np.zeros(count)
-        model.col_upper_ = np.ones(count) if core is None else core.astype(float)
-        model.row_lower_, model.row_upper_ = np.array(lower), np.array(upper)
-        if core is not None:
-            model.integrality_ = [highspy.HighsVarType.kInteger] * count
-        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        model.a_matrix_.num_col_, model.a_matrix_.num_row_ = count, len(self._rows)
-        model.a_matrix_.start_ = np.cumsum([0, *map(len, columns)])
-        model.a_matrix_.index_ = np.concatenate(columns)
-        model.a_matrix_.value_ = np.concatenate(values)
-        return model

@@ -340,6 +340,12 @@ def test_alpha_and_gap_have_to_be_finite_and_not_negative(value):
             search(*example(), **{option: value})
 
 
+def test_an_alpha_that_overflows_is_refused():
+    layer = LayerIndicators("layer0", {2: 200.0, 3: 100.0}, {2: 2.0, 3: 1.0})
+    with pytest.raises(ValueError, match=r"alpha 1e\+308 is too large"):
+        search(Indicators((2, 3), (layer,)), example(count=1)[1], alpha=1e308)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan])
 def test_a_time_limit_has_to_be_positive(value):
     with pytest.raises(ValueError, match="time_limit must be positive and finite"):
@@ -351,7 +357,7 @@ def test_layers_that_do_not_match_are_named():
     fewer = Costs(costs.layers[:1], costs.fixed)
     with pytest.raises(
         ValueError,
-        match=r"5 layers have indicators and no searchable cost: 'layer1', 'layer2', 'layer3', \.\.\.",
+        match=r"5 layers have indicators and no searchable cost: 'layer1', 'layer2', 'layer3'",
     ):
         search(indicators, fewer)
     with pytest.raises(ValueError, match="4 layers have a cost and no indicators: 'layer2'"):
