@@ -399,13 +399,9 @@ class _Stages:
         read = {file: _digest(self.folder / file) for file in inputs}
         key = hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
         before = self.record.get(name)
-        known = before is not None and before["inputs"] == key and not always
-        if (
-            before is not None
-            and known
-            and not self.fresh
-            and all((self.folder / file).exists() for file in outputs)
-        ):
+        whole = all((self.folder / file).exists() for file in outputs)
+        fit = before is not None and before["inputs"] == key and whole
+        if before is not None and fit and not self.fresh and not always:
             self.reporter.say(f"{name}: nothing it depends on has changed, reused")
             self.reused.append(name)
             self.seconds[name] = before["seconds"]
