@@ -26,14 +26,28 @@ struct Compute<double> {
 template <typename T>
 using ComputeType = typename Compute<T>::Type;
 
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(float value) {
+  return value;
+}
+__device__ __forceinline__ double widen(double value) {
+  return value;
+}
+__device__ __forceinline__ float widen(__half value) {
+  return __half2float(value);
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 
-__device__ __forceinline__ void narrow(float value, float& to) { to = value; }
-__device__ __forceinline__ void narrow(double value, double& to) { to = value; }
-__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(float value, float& to) {
+  to = value;
+}
+__device__ __forceinline__ void narrow(double value, double& to) {
+  to = value;
+}
+__device__ __forceinline__ void narrow(float value, __half& to) {
+  to = __float2half_rn(value);
+}
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) {
   to = __float2bfloat16_rn(value);
 }
@@ -99,6 +113,45 @@ __device__ __forceinline__ bool all_tame(const ComputeType<T> (&values)[size]) {
   return tame;
 }
 
+/// One pack's place in a row: 16 bytes of every tensor of the call, of which the elements
+/// begin .. end - 1 belong to the row.
+template <typename T>
+struct Span {
+  static constexpr int V = vector_size<T>;
+  int64_t at;  // of the pack's first element in the tensor; may lie before the row
+  int begin;
+  int end;
+  bool vector;  // all of it belongs to the row, and it is aligned
+
+  /// Elements outside the row are 0, which has no part in any sum.
+  __device__ __forceinline__ Pack<T> load(const T* tensor) const {
+    const T* from = tensor + at;
+    if (vector) return load_pack<V>(from);
+    Pack<T> values;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (j >= begin && j < end) {
+        values.element[j] = from[j];
+      } else {
+        narrow(ComputeType<T>(0), values.element[j]);
+      }
+    }
+    return values;
+  }
+
+  __device__ __forceinline__ void store(T* tensor, const Pack<T>& values) const {
+    T* to = tensor + at;
+    if (vector) {
+      store_pack(to, values);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (j >= begin && j < end) to[j] = values.element[j];
+    }
+  }
+};
+
 /// One contiguous row as a sequence of packs that start at addresses divisible by 16.
 ///
 /// Pack i holds the elements i * V - head .. i * V - head + V - 1; the first and the last one may
@@ -121,41 +174,11 @@ struct Row {
 
   __device__ __forceinline__ int64_t packs() const { return (size + head + V - 1) / V; }
 
-  __device__ __forceinline__ bool whole(int64_t pack) const {
+  __device__ __forceinline__ Span<T> span(int64_t pack) const {
     const int64_t first = pack * V - head;
-    return aligned && first >= 0 && first + V <= size;
-  }
-
-  /// Elements outside the row are 0, which has no part in any sum.
-  __device__ __forceinline__ Pack<T> load(const T* tensor, int64_t pack) const {
-    const int64_t first = pack * V - head;
-    const T* from = tensor + offset;
-    if (whole(pack)) return load_pack<V>(from + first);
-    Pack<T> values;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int64_t at = first + j;
-      if (at >= 0 && at < size) {
-        values.element[j] = from[at];
-      } else {
-        narrow(ComputeType<T>(0), values.element[j]);
-      }
-    }
-    return values;
-  }
-
-  __device__ __forceinline__ void store(T* tensor, int64_t pack, const Pack<T>& values) const {
-    const int64_t first = pack * V - head;
-    T* to = tensor + offset;
-    if (whole(pack)) {
-      store_pack(to + first, values);
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int64_t at = first + j;
-      if (at >= 0 && at < size) to[at] = values.element[j];
-    }
+    const int begin = first < 0 ? head : 0;
+    const int end = first + V > size ? int(size - first) : V;
+    return {offset + first, begin, end, aligned && end - begin == V};
   }
 };
 

@@ -1,10 +1,11 @@
 // x / scale, correctly rounded, for less than a division.
 //
 // A float division takes some ten instructions on a GPU, and with many bit-widths in one pass they,
-// not memory, set the time. The scale is shared by many elements, so its reciprocal is computed once
-// and each quotient is a multiplication and one corrected step (Markstein 1990; Brisebarre, Muller
-// and Raina 2004, "Accelerating correctly rounded floating-point division when the divisor is known
-// in advance"). tests/cpp/division_test.cpp compares it with the true division for every float x.
+// not memory, set the time. The scale is shared by many elements, so its reciprocal is computed
+// once and each quotient is a multiplication and one corrected step (Markstein 1990; Brisebarre,
+// Muller and Raina 2004, "Accelerating correctly rounded floating-point division when the divisor
+// is known in advance"). tests/cpp/division_test.cpp compares it with the true division for every
+// float x.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ LIMPQ_INLINE float corrected_quotient(float x, float scale, float reciprocal) {
   return __builtin_fabsf(approximate) < 1048576.0f ? corrected : approximate;
 }
 
-/// One guarded scale, ready to divide by. Plain division; float below has the faster one.
+/// One guarded scale, ready to divide by. Plain division; float below has the faster one too.
 template <typename C>
 struct Divisor {
   C scale;
@@ -54,11 +55,9 @@ struct Divisor {
   Divisor() = default;
   LIMPQ_INLINE explicit Divisor(C guarded) : scale(guarded) {}
 
-  template <int size>
-  LIMPQ_INLINE void divide(const C (&x)[size], bool, C (&quotient)[size]) const {
-#pragma unroll
-    for (int j = 0; j < size; ++j) quotient[j] = x[j] / scale;
-  }
+  /// Whether the fast quotient is right, for tame x.
+  LIMPQ_INLINE bool has_fast_quotient() const { return false; }
+  LIMPQ_INLINE C fast_quotient(C x) const { return x / scale; }
 };
 
 template <>
@@ -71,17 +70,39 @@ struct Divisor<float> {
       : scale(guarded),
         reciprocal(guarded >= 0x1p-24f && guarded <= 0x1p24f ? 1.0f / guarded : 0.0f) {}
 
-  /// `tame`: is_tame of every x.
-  template <int size>
-  LIMPQ_INLINE void divide(const float (&x)[size], bool tame, float (&quotient)[size]) const {
-    if (tame && reciprocal != 0.0f) {
-#pragma unroll
-      for (int j = 0; j < size; ++j) quotient[j] = corrected_quotient(x[j], scale, reciprocal);
-    } else {
-#pragma unroll
-      for (int j = 0; j < size; ++j) quotient[j] = x[j] / scale;
-    }
+  LIMPQ_INLINE bool has_fast_quotient() const { return reciprocal != 0.0f; }
+  LIMPQ_INLINE float fast_quotient(float x) const {
+    return corrected_quotient(x, scale, reciprocal);
   }
 };
+
+/// quotient[j] = x[j] / divisor. `tame`: is_tame of every x.
+template <typename C, int size>
+LIMPQ_INLINE void divide(const C (&x)[size], const Divisor<C>& divisor, bool tame,
+                         C (&quotient)[size]) {
+  if (tame && divisor.has_fast_quotient()) {
+#pragma unroll
+    for (int j = 0; j < size; ++j) quotient[j] = divisor.fast_quotient(x[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < size; ++j) quotient[j] = x[j] / divisor.scale;
+  }
+}
+
+/// quotient[j] = x[j] / divisors[j].
+template <typename C, int size>
+LIMPQ_INLINE void divide(const C (&x)[size], const Divisor<C> (&divisors)[size], bool tame,
+                         C (&quotient)[size]) {
+  bool fast = tame;
+#pragma unroll
+  for (int j = 0; j < size; ++j) fast &= divisors[j].has_fast_quotient();
+  if (fast) {
+#pragma unroll
+    for (int j = 0; j < size; ++j) quotient[j] = divisors[j].fast_quotient(x[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < size; ++j) quotient[j] = x[j] / divisors[j].scale;
+  }
+}
 
 }  // namespace limpq::cuda

@@ -18,8 +18,9 @@ void fake_quantize_forward(const ForwardProblem& problem, CUstream_st* stream);
 
 void fake_quantize_backward(const BackwardProblem& problem, CUstream_st* stream);
 
-/// Bytes of BackwardProblem::workspace, which is scratch: its contents before and after mean nothing.
-/// Only dtype, sizes, pointers' alignment, count and which gradients are null are looked at.
+/// Bytes of BackwardProblem::workspace, which is scratch: its contents before and after mean
+/// nothing. Only dtype, sizes, pointers' alignment, count and which gradients are null are looked
+/// at.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);
 
 /// Bytes of BackwardProblem::counters: 0 where no sum spans blocks (then the pointer may be null).

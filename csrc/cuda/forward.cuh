@@ -14,10 +14,14 @@
 
 namespace limpq::cuda {
 
-constexpr int forward_block = 256;
+/// Threads of a block.
+constexpr int forward_rows_block = 256;
+constexpr int forward_columns_block = 128;
 
-/// Packs of a thread: that many loads are in flight before the first result is needed.
-constexpr int forward_packs = 4;
+/// Packs of a thread: that many loads are in flight before the first result is needed. Fewer where
+/// they would not fit the registers that leave room for 640 threads or more on a multiprocessor.
+template <typename T, bool lean>
+constexpr int forward_packs = sizeof(T) == 4 || lean ? 4 : 2;
 
 template <typename T>
 struct ForwardRows {
@@ -36,10 +40,11 @@ struct ForwardRows {
 ///
 /// Each team of threads takes one piece of one row, and each thread of it `forward_packs` packs.
 template <typename T, bool single>
-__global__ void __launch_bounds__(forward_block)
+__global__ void __launch_bounds__(forward_rows_block, single ? 4 : 3)
     forward_rows(const __grid_constant__ ForwardRows<T> p) {
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
+  constexpr int packs_per_thread = forward_packs<T, single>;
   const int teams = blockDim.x / p.team;
   const unsigned piece = blockIdx.x % p.pieces;
   const int64_t index = int64_t(blockIdx.x / p.pieces) * teams + threadIdx.x / p.team;
@@ -50,10 +55,10 @@ __global__ void __launch_bounds__(forward_block)
 
   const int64_t first = piece * p.piece_packs + threadIdx.x % p.team;
   const int64_t packs = row.packs();
-  Pack<T> x[forward_packs];
+  Pack<T> x[packs_per_thread];
 #pragma unroll
-  for (int u = 0; u < forward_packs; ++u) {
-    if (first + u * p.team < packs) x[u] = row.load(p.x, first + u * p.team);
+  for (int u = 0; u < packs_per_thread; ++u) {
+    if (first + u * p.team < packs) x[u] = row.span(first + u * p.team).load(p.x);
   }
 
   const int count = single ? 1 : p.quantizers.count;
@@ -63,17 +68,17 @@ __global__ void __launch_bounds__(forward_block)
     const Range<C> range = p.quantizers.range(k);
     T* const y = p.y[k];
 #pragma unroll
-    for (int u = 0; u < forward_packs; ++u) {
+    for (int u = 0; u < packs_per_thread; ++u) {
       if (first + u * p.team >= packs) break;
       C values[V];
       C quotients[V];
       widen<T>(x[u], values);
-      divisor.divide(values, all_tame<T>(values), quotients);
+      divide(values, divisor, all_tame<T>(values), quotients);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         values[j] = fake_quantize_quotient(quotients[j], divisor.scale, range);
       }
-      row.store(y, first + u * p.team, narrow<T>(values));
+      row.span(first + u * p.team).store(y, narrow<T>(values));
     }
   }
 }
@@ -94,20 +99,20 @@ struct ForwardColumns {
 /// Each thread owns V neighbouring channels, with their scales in registers, and `forward_packs`
 /// rows. V > 1 asks for channels % V == 0 and for pointers, scale too, divisible by 16.
 template <typename T, int V, bool single>
-__global__ void __launch_bounds__(forward_block)
+__global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5)
     forward_columns(const __grid_constant__ ForwardColumns<T> p) {
   using C = ComputeType<T>;
+  constexpr int packs_per_thread = forward_packs<T, false>;
   const int64_t channels = p.quantizers.channels;
   const int height = blockDim.x / p.width;
-  const int64_t channel =
-      (int64_t(blockIdx.x % p.groups) * p.width + threadIdx.x % p.width) * V;
+  const int64_t channel = (int64_t(blockIdx.x % p.groups) * p.width + threadIdx.x % p.width) * V;
   const int down = threadIdx.x / p.width;
   if (channel >= channels || down >= height) return;
   const int64_t first = (blockIdx.x / p.groups) * p.chunk_rows + down;
 
-  Pack<T, V> x[forward_packs];
+  Pack<T, V> x[packs_per_thread];
 #pragma unroll
-  for (int u = 0; u < forward_packs; ++u) {
+  for (int u = 0; u < packs_per_thread; ++u) {
     const int64_t row = first + u * height;
     if (row < p.rows) x[u] = load_pack<V>(p.x + row * channels + channel);
   }
@@ -120,13 +125,13 @@ __global__ void __launch_bounds__(forward_block)
     const Range<C> range = p.quantizers.range(k);
     T* const y = p.y[k];
 #pragma unroll
-    for (int u = 0; u < forward_packs; ++u) {
+    for (int u = 0; u < packs_per_thread; ++u) {
       const int64_t row = first + u * height;
       if (row >= p.rows) break;
       C values[V];
       C quotients[V];
       widen<T>(x[u], values);
-      divide_each(values, divisors, all_tame<T>(values), quotients);
+      divide(values, divisors, all_tame<T>(values), quotients);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         values[j] = fake_quantize_quotient(quotients[j], divisors[j].scale, range);
@@ -153,21 +158,23 @@ void forward(const ForwardProblem& problem, Launch&& launch) {
   if (by_columns(problem)) {
     const bool vectors = aligned && aligned_to_16(problem.x) && aligned_to_16(problem.scale) &&
                          problem.channels % V == 0;
-    const ColumnsLayout layout(problem, vectors ? V : 1, forward_block, forward_packs, 1, 1);
+    const ColumnsLayout layout(problem, vectors ? V : 1, forward_columns_block,
+                               forward_packs<T, false>, 1, 1);
     ForwardColumns<T> parameters{};
     copy_pointers(parameters);
     parameters.rows = problem.outer;
     parameters.chunk_rows = layout.chunk_rows;
     parameters.groups = layout.groups;
     parameters.width = layout.width;
-    const auto kernel = !vectors    ? forward_columns<T, 1, false>
+    const auto kernel = !vectors     ? forward_columns<T, 1, false>
                         : count == 1 ? forward_columns<T, V, true>
                                      : forward_columns<T, V, false>;
-    launch(kernel, layout.blocks(), forward_block, 0, parameters);
+    launch(kernel, layout.blocks(), forward_columns_block, 0, parameters);
     return;
   }
 
-  const RowsLayout layout(problem, V, forward_block, forward_packs, forward_packs);
+  const int packs = count == 1 ? forward_packs<T, true> : forward_packs<T, false>;
+  const RowsLayout layout(problem, V, forward_rows_block, packs, packs);
   ForwardRows<T> parameters{};
   copy_pointers(parameters);
   parameters.rows = problem.outer * problem.channels;
@@ -176,9 +183,9 @@ void forward(const ForwardProblem& problem, Launch&& launch) {
   parameters.pieces = layout.pieces;
   parameters.team = layout.team;
   parameters.aligned = aligned;
-  const int64_t row_groups = ceil_div(parameters.rows, forward_block / layout.team);
+  const int64_t row_groups = ceil_div(parameters.rows, forward_rows_block / layout.team);
   const int64_t blocks = checked_unsigned(row_groups * layout.pieces, "blocks");
-  launch(count == 1 ? forward_rows<T, true> : forward_rows<T, false>, blocks, forward_block, 0,
+  launch(count == 1 ? forward_rows<T, true> : forward_rows<T, false>, blocks, forward_rows_block, 0,
          parameters);
 }
 

@@ -24,7 +24,9 @@ constexpr int64_t enough_blocks = 2048;
 /// additions inside a pack, 40 roundings of 2^-24, well below the 1e-5 that the contract allows.
 constexpr int64_t longest_float_sum = 32;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 inline unsigned checked_unsigned(int64_t value, const char* what) {
   if (value > std::numeric_limits<int32_t>::max()) {
@@ -77,8 +79,8 @@ struct RowsLayout {
   }
 };
 
-/// Columns: the threads of a block form a rectangle, `width` threads across the channels with `pack`
-/// neighbouring channels each, and block / width threads down the rows.
+/// Columns: the threads of a block form a rectangle, `width` threads across the channels with
+/// `pack` neighbouring channels each, and block / width threads down the rows.
 struct ColumnsLayout {
   int width;           // threads
   unsigned groups;     // of width * pack channels
@@ -109,7 +111,7 @@ struct SumTree {
   unsigned fan_in;
   unsigned branches;
 
-  explicit SumTree(unsigned parts) : parts(parts) {
+  explicit SumTree(unsigned parts = 1) : parts(parts) {
     fan_in = parts <= 64 ? parts : static_cast<unsigned>(std::ceil(std::sqrt(double(parts))));
     branches = static_cast<unsigned>(ceil_div(parts, fan_in));
   }
@@ -119,7 +121,9 @@ struct SumTree {
     return parts > 1 ? groups * items * (int64_t(parts) + branches) : 0;
   }
   /// Counters: one for each branch and one above them.
-  int64_t counters(int64_t groups) const { return parts > 1 ? groups * (1 + int64_t(branches)) : 0; }
+  int64_t counters(int64_t groups) const {
+    return parts > 1 ? groups * (1 + int64_t(branches)) : 0;
+  }
 };
 
 /// Whether all of the pointers have the same offset from a 16-byte boundary.

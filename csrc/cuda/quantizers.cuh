@@ -6,8 +6,8 @@
 
 namespace limpq::cuda {
 
-/// In the kernel's parameters, hence in constant memory, where an index known only at run time costs
-/// nothing.
+/// In the kernel's parameters, hence in constant memory, where an index known only at run time
+/// costs nothing.
 template <typename C>
 struct Quantizers {
   const C* scale;  // [scale_rows, channels]
@@ -57,18 +57,5 @@ struct Quantizers {
     }
   }
 };
-
-/// x[j] / scale of channel j.
-template <typename C, int size>
-__device__ __forceinline__ void divide_each(const C (&x)[size], const Divisor<C> (&divisors)[size],
-                                            bool tame, C (&quotient)[size]) {
-#pragma unroll
-  for (int j = 0; j < size; ++j) {
-    const C one_x[1] = {x[j]};
-    C one_quotient[1];
-    divisors[j].divide(one_x, tame, one_quotient);
-    quotient[j] = one_quotient[0];
-  }
-}
 
 }  // namespace limpq::cuda
