@@ -9,11 +9,11 @@ void fake_quantize_backward(const BackwardProblem& problem, CUstream_st* stream)
 }
 
 int64_t backward_workspace_bytes(const BackwardProblem& problem) {
-  return BackwardLayout(problem).workspace_bytes();
+  return BackwardLayout::workspace_bytes(problem);
 }
 
 int64_t backward_counter_bytes(const BackwardProblem& problem) {
-  return BackwardLayout(problem).counter_bytes();
+  return BackwardLayout::counter_bytes(problem);
 }
 
 }  // namespace limpq::cuda

@@ -408,6 +408,23 @@ struct BackwardLayout {
   RowsLayout rows;
   ColumnsLayout column;
 
+  static BackwardLayout of(const BackwardProblem& problem) {
+    const BackwardProblem used = with_gradients(problem);
+    return BackwardLayout(
+        problem, aligned_alike(used.x, used.grad, used.count) && aligned_alike(used.x, &used.dx, 1),
+        aligned_to_16(used.x) && aligned_to_16(used.scale));
+  }
+
+  /// What the caller has to provide, whatever its pointers will be.
+  static int64_t workspace_bytes(const BackwardProblem& problem) {
+    return std::max(BackwardLayout(problem, true, true).workspace_bytes(),
+                    BackwardLayout(problem, false, false).workspace_bytes());
+  }
+  static int64_t counter_bytes(const BackwardProblem& problem) {
+    return std::max(BackwardLayout(problem, true, true).counter_bytes(),
+                    BackwardLayout(problem, false, false).counter_bytes());
+  }
+
   int64_t items() const { return int64_t(problem.count) * group_channels; }
   int64_t workspace_bytes() const {
     return items() == 0 ? 0 : tree.workspace(groups, items()) * int64_t(sizeof(double));
@@ -416,20 +433,20 @@ struct BackwardLayout {
     return items() == 0 ? 0 : tree.counters(groups) * int64_t(sizeof(unsigned));
   }
 
-  explicit BackwardLayout(const BackwardProblem& original)
+  /// `alike`: whether all pointers have the same offset from a 16-byte boundary, `at_16`: whether
+  /// it is 0.
+  BackwardLayout(const BackwardProblem& original, bool alike, bool at_16)
       : problem(with_gradients(collapse(original))),
         columns(by_columns(problem)),
         pack(1),
-        aligned(aligned_alike(problem.x, problem.grad, problem.count) &&
-                aligned_alike(problem.x, &problem.dx, 1)),
+        aligned(alike),
         rows(problem, 16 / element_bytes(problem.dtype), backward_rows_block, 1, longest_float_sum),
         column(problem, 1, backward_columns_block, step_rows(problem.dtype), 1, longest_float_sum) {
     const int widest = 16 / element_bytes(problem.dtype);
     const int compute_bytes = problem.dtype == DataType::float64 ? 8 : 4;
     if (columns) {
       const int wide_bytes = problem.count * widest * backward_columns_block * compute_bytes;
-      if (aligned && aligned_to_16(problem.x) && aligned_to_16(problem.scale) &&
-          problem.channels % widest == 0 && wide_bytes <= shared_limit) {
+      if (alike && at_16 && problem.channels % widest == 0 && wide_bytes <= shared_limit) {
         pack = widest;
         column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
                                longest_float_sum);
@@ -541,7 +558,7 @@ void backward(const BackwardLayout& layout, Launch&& launch) {
 template <typename Launch>
 void dispatch_backward(const BackwardProblem& problem, Launch&& launch) {
   if (problem.scale_rows * problem.channels == 0) return;  // then x has no element either
-  const BackwardLayout layout(problem);
+  const BackwardLayout layout = BackwardLayout::of(problem);
   switch (problem.dtype) {
     case DataType::float32:
       return backward<float>(layout, launch);

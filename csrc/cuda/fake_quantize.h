@@ -19,8 +19,7 @@ void fake_quantize_forward(const ForwardProblem& problem, CUstream_st* stream);
 void fake_quantize_backward(const BackwardProblem& problem, CUstream_st* stream);
 
 /// Bytes of BackwardProblem::workspace, which is scratch: its contents before and after mean
-/// nothing. Only dtype, sizes, pointers' alignment, count and which gradients are null are looked
-/// at.
+/// nothing. Of the problem's pointers only which gradients are null is looked at, here and below.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);
 
 /// Bytes of BackwardProblem::counters: 0 where no sum spans blocks (then the pointer may be null).

@@ -17,8 +17,12 @@ namespace limpq::cuda {
 
 constexpr int warp_size = 32;
 
-/// Where there is enough to do, this many blocks: several times what any GPU holds at once.
-constexpr int64_t enough_blocks = 2048;
+/// Where there is enough to do, this many blocks: several times what any GPU holds at once. The
+/// tests set it low, so that small tensors give their threads long work.
+#if !defined(LIMPQ_ENOUGH_BLOCKS)
+#define LIMPQ_ENOUGH_BLOCKS 2048
+#endif
+constexpr int64_t enough_blocks = LIMPQ_ENOUGH_BLOCKS;
 
 /// No thread adds more than this many packs in float before its sum goes on in double: with the
 /// additions inside a pack, 40 roundings of 2^-24, well below the 1e-5 that the contract allows.
