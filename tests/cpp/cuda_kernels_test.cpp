@@ -380,7 +380,7 @@ TYPED_TEST(Kernels, LongRows) {
 TYPED_TEST(Kernels, ShortRows) {
   this->check({.outer = 5, .channels = 17, .inner = 49});
   this->check({.outer = 3, .channels = 8, .inner = 9, .count = 5, .absent = 0b10000});
-  this->check({.outer = 70, .channels = 2, .inner = 31, .count = 2});
+  this->check({.outer = 12, .channels = 2, .inner = 31, .count = 2});
   this->check({.channels = 31, .inner = 3, .x_offset = 1, .y_offset = 1});
 }
 
@@ -432,9 +432,9 @@ TYPED_TEST(Kernels, ScalesAtAndBeyondTheGuard) {
     this->check({.outer = 3, .channels = 24, .inner = 31, .values = values, .odd_scales = true});
     this->check({.outer = 31, .channels = 24, .count = 2, .values = values, .odd_scales = true});
   }
-  for (int row = 1; row < 13; ++row) {  // one scale, another value of the list each time
-    this->check({.inner = 255, .count = row, .values = Values::special, .odd_scales = true});
-  }
+  // One scale each, and with 12 bit-widths all values of the list.
+  this->check({.inner = 255, .values = Values::special, .odd_scales = true});
+  this->check({.inner = 255, .count = 12, .values = Values::special, .odd_scales = true});
 }
 
 /// Every element belongs to one thread and step, whatever the shape: counted without running.

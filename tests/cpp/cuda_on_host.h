@@ -52,7 +52,7 @@ class Barrier {
 /// The 32 threads of a warp, and what they shuffle.
 struct Warp {
   Barrier barrier{32};
-  double values[32] = {};
+  double values[2][32] = {};  // in turn: slow threads may still read the other one
 };
 
 /// What the threads of one resident block share.
@@ -68,6 +68,7 @@ struct Multiprocessor {
 
 inline thread_local Multiprocessor* multiprocessor = nullptr;
 inline thread_local unsigned vote = 0;
+inline thread_local unsigned shuffle = 0;
 
 inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>(multiprocessor->shared.get());
@@ -99,11 +100,10 @@ inline int __syncthreads_or(int predicate) {
 inline double __shfl_xor_sync(unsigned, double value, int lane_mask) {
   cuda_on_host::Warp& warp = *cuda_on_host::multiprocessor->warps[threadIdx.x / 32];
   const unsigned lane = threadIdx.x % 32;
-  warp.values[lane] = value;
+  double (&values)[32] = warp.values[cuda_on_host::shuffle++ % 2];
+  values[lane] = value;
   warp.barrier.wait();
-  const double other = warp.values[lane ^ lane_mask];
-  warp.barrier.wait();
-  return other;
+  return values[lane ^ lane_mask];
 }
 
 /// Acquires and releases, which stands for the fences around it.

@@ -3,8 +3,8 @@
 // Compared is what the rest of the numerics sees: within 2^17, which is beyond every quant_max, the
 // same bits, and outside only the same side (or NaN). Then y, dx and dscale are the same too.
 //
-// Division_Every* takes all 2^32 values of x for each scale (minutes); Division_Strided* takes every
-// 61st, and all x of one binade for more scales (seconds).
+// Division_Every* takes all 2^32 values of x for each scale (minutes); Division_Strided* takes
+// every 61st, and all x of one binade for more scales (seconds).
 #include "../../csrc/cuda/division.cuh"
 
 #include <gtest/gtest.h>
@@ -43,7 +43,7 @@ LIMPQ_INLINE uint32_t differs(float x, float scale, float reciprocal) {
 
 /// How many of the x with bits first, first + stride, ... differ.
 __attribute__((target("avx2,fma"))) uint32_t count_differences(float scale, uint32_t first,
-                                                                uint32_t stride, uint32_t count) {
+                                                               uint32_t stride, uint32_t count) {
   const float reciprocal = Divisor<float>(scale).reciprocal;
   uint32_t differences = 0;
   for (uint32_t i = 0; i < count; ++i) {
@@ -63,10 +63,11 @@ class Division : public ::testing::Test {
   /// Powers of two and their neighbours, the guard's limit, both ends of what the fast quotient
   /// takes, usual steps.
   static std::vector<float> scales() {
-    return {1e-5f,      0x1p-24f,      0x1p24f,       0x1.fffffep23f, 0x1.000002p-24f, 1.0f,
-            0x1.8p0f,   0x1.fffffep0f, 0x1.fffffcp1f, 0x1.000002p0f,  0.1f,            1.0f / 3,
-            0.0123456f, 0x1.555556p0f, 0x1.aaaaaap-3f, 0.75f,         3.14159265f,     255.0f,
-            1e-3f,      7e4f,          0x1.6a09e6p0f, 0x1.0p-10f};
+    return {1e-5f,         0x1p-24f,    0x1p24f,       0x1.fffffep23f, 0x1.000002p-24f,
+            1.0f,          0x1.8p0f,    0x1.fffffep0f, 0x1.fffffcp1f,  0x1.000002p0f,
+            0.1f,          1.0f / 3,    0.0123456f,    0x1.555556p0f,  0x1.aaaaaap-3f,
+            0.75f,         3.14159265f, 255.0f,        1e-3f,          7e4f,
+            0x1.6a09e6p0f, 0x1.0p-10f};
   }
 
   /// `size` significands, half of them near the ends of the binade, where reciprocals are hardest.

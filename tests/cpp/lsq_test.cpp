@@ -75,10 +75,10 @@ TYPED_TEST(Lsq, ForwardIsThePlainFormula) {
     for (const C scale : {C(0.1), C(1e-5), C(1.0 / 3), C(2), C(1e-30), C(5e8)}) {
       for (const C x : this->inputs(scale, range)) {
         const C v = x / scale;
-        const C c = std::isnan(v) ? v
-                                  : v < range.quant_min   ? range.quant_min
-                                    : v > range.quant_max ? range.quant_max
-                                                          : v;
+        const C c = std::isnan(v)         ? v
+                    : v < range.quant_min ? range.quant_min
+                    : v > range.quant_max ? range.quant_max
+                                          : v;
         const C expected = std::nearbyint(c) * scale;
         ASSERT_TRUE(this->same(fake_quantize(x, scale, range), expected))
             << "x " << x << ", scale " << scale << ", quant_max " << range.quant_max;
