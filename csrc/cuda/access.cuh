@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, size>& pack) {
   } else {
     uint4 bits;
     memcpy(&bits, &pack, sizeof(bits));
-    *reinterpret_cast<uint4*>(to) = bits;
+    __stwb(reinterpret_cast<uint4*>(to), bits);  // an assignment is split into narrower stores
   }
 }
 

@@ -129,6 +129,8 @@ class Pool {
       : threads_(threads), start_(threads * resident_blocks + 1), end_(start_count()) {
     for (unsigned m = 0; m < resident_blocks; ++m) {
       multiprocessors_.push_back(std::make_unique<Multiprocessor>(threads));
+    }
+    for (unsigned m = 0; m < resident_blocks; ++m) {
       for (int t = 0; t < threads; ++t) {
         workers_.emplace_back([this, m, t] { work(m, t); });
       }
