@@ -43,6 +43,9 @@ struct BackwardProblem : Problem {
   void* dx;         // in dtype: the sum over k, added in the compute type in the order of k
   void* dscale;     // [scale_rows, channels], in the compute type; rows not in scale_row become 0
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
+  // CUDA only: cuda::backward_counter_bytes(problem) bytes, zero at the launch and zero again after
+  // it. Two launches that may overlap must not share them (see csrc/cuda/fake_quantize.h).
+  void* counters;
 };
 
 }  // namespace limpq
