@@ -14,8 +14,13 @@
 
 #include "cpu/fake_quantize.h"
 #if defined(LIMPQ_WITH_CUDA)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/fake_quantize.h"
 #endif
@@ -164,6 +169,26 @@ void run_on_cpu(int64_t tasks, const std::function<void(int64_t, int64_t)>& body
   at::parallel_for(0, tasks, 1, body);
 }
 
+#if defined(LIMPQ_WITH_CUDA)
+/// Zeroed counters for a backward call (see cuda/fake_quantize.h): one buffer per device and
+/// stream, kept, or one of its own for a call that is being captured into a graph.
+Tensor counters_for(const Tensor& x, int64_t bytes) {
+  const auto zeros = [&] { return at::zeros({bytes}, x.options().dtype(at::kByte)); };
+  if (bytes == 0) return Tensor();
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return zeros();
+  }
+  static std::mutex mutex;
+  // Never destroyed: at the end of the process the CUDA driver may be gone first.
+  static auto& held = *new std::map<std::pair<int, c10::StreamId>, Tensor>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  Tensor& counters = held[{stream.device_index(), stream.id()}];
+  if (!counters.defined() || counters.numel() < bytes) counters = zeros();
+  return counters;
+}
+#endif
+
 void run_forward(const ForwardProblem& problem, const Tensor& x) {
 #if defined(LIMPQ_WITH_CUDA)
   if (x.is_cuda()) {
@@ -181,6 +206,8 @@ void run_backward(BackwardProblem& problem, const Tensor& x) {
     const c10::cuda::CUDAGuard guard(x.device());
     const Tensor workspace = at::empty({cuda::backward_workspace_bytes(problem)}, bytes);
     problem.workspace = workspace.mutable_data_ptr();
+    const Tensor counters = counters_for(x, cuda::backward_counter_bytes(problem));
+    problem.counters = counters.defined() ? counters.mutable_data_ptr() : nullptr;
     return cuda::fake_quantize_backward(problem, c10::cuda::getCurrentCUDAStream());
   }
 #endif
