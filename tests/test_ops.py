@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def check(x, scale, quant_min, quant_max, axis=None, grad_factor=1.0):
             total, size = terms.sum(), terms.abs().sum()
         else:
             rest = [d for d in range(x.dim()) if d != axis % x.dim()]
-            total, size = terms.sum(rest), terms.abs().sum(rest)
+            total = terms.sum(rest) if rest else terms
+            size = terms.abs().sum(rest) if rest else terms.abs()
         error = (dscale.double().reshape(total.shape) - grad_factor * total).abs()
         assert bool((error <= 1e-5 * grad_factor * size + 1e-30).all())
 
@@ -110,16 +112,16 @@ def test_per_tensor_equals_the_chain(device, dtype, shape, bits, signed):
         ((700, 33), 1),
     ],
 )
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_per_channel_equals_the_chain(device, dtype, shape, axis, channels_last):
+def test_per_channel_equals_the_chain(device, dtype, shape, axis):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
-    if channels_last:
-        if len(shape) != 4:
-            pytest.skip("channels_last is a layout of four axes")
-        x = x.to(memory_format=torch.channels_last)
-    channels = shape[axis]
-    scale = (torch.rand(channels, dtype=compute_dtype(dtype)) * 0.3 + 0.02).to(device)
+    check_per_channel(x, axis)
+    if x.dim() == 4:
+        check_per_channel(x.to(memory_format=torch.channels_last), axis)
+
+
+def check_per_channel(x, axis):
+    scale = (torch.rand(x.shape[axis], dtype=compute_dtype(x.dtype)) * 0.3 + 0.02).to(x.device)
     check(x, scale, -4, 3, axis)
     y = lsq_fake_quantize(x, scale, -4, 3, channel_axis=axis)
     assert y.stride() == x.stride()
@@ -260,7 +262,7 @@ def digest():
             y = lsq_fake_quantize(leaf, s, -8, 7, channel_axis=axis)
             y.backward(grad)
             for value in (y.detach(), leaf.grad, s.grad):
-                answer.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+                answer.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return answer.hexdigest()
 
 
@@ -284,7 +286,7 @@ def test_the_result_does_not_depend_on_the_instruction_set(capability):
     told = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "LIMPQ_CPU_CAPABILITY": capability},
-        cwd=os.path.dirname(__file__),
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=True,
@@ -416,7 +418,6 @@ def test_vmap_is_refused():
         (torch.ones(3), 0.1, {"quant_max": 2**23}, ValueError, "beyond the largest magnitude"),
         (torch.ones(3), 0.1, {"scale_min": 0.0}, ValueError, "scale_min is 0"),
         (torch.ones(3), 0.1, {"scale_max": 1e-6}, ValueError, "below scale_min"),
-        (torch.ones(3), torch.tensor(0.1, device="meta"), {}, ValueError, "scale on meta"),
     ],
 )
 def test_wrong_arguments_are_named(x, scale, options, error, message):

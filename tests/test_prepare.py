@@ -144,7 +144,7 @@ def test_a_policy_gives_every_layer_its_bits():
 
 
 def test_a_policy_of_another_network_is_an_error_that_names_the_layer():
-    with pytest.raises(ValueError, match="policy: Depthwise has no layer 'layer1.conv'"):
+    with pytest.raises(ValueError, match=r"policy: Depthwise has no layer 'layer1\.conv'"):
         apply_policy(Depthwise(), Policy((LayerBits("layer1.conv", 4, 4),)))
     with pytest.raises(ValueError, match="no quantizable layer, but BatchNorm2d, 'bn1'"):
         apply_policy(Depthwise(), Policy((LayerBits("bn1", 4, 4),)))
