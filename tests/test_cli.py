@@ -253,9 +253,18 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         (("search", "--indicators", "indicators.json"), "give --costs, --recipe or --model"),
         (("search", "--indicators", "indicators.json", "--model", "resnet18"), "--input-size"),
         ((*SEARCH, "indicators.json", "--out", "out.json"), "'out.json' exists; --force"),
-        (("profile", "--model", "resnet19", "--input-size", 3, 8, 8), "unknown model 'resnet19'"),
-        (("profile", "--model", "vit_b_16", "--input-size", 3, 224, 224), "MultiheadAttention"),
-        (("profile", "--model", "resnet18", "--input-size", 3, 0, 8), "--input-size is (3, 0, 8)"),
+        (
+            ("profile", "--out", "new.json", "--model", "resnet19", "--input-size", 3, 8, 8),
+            "unknown model 'resnet19'",
+        ),
+        (
+            ("profile", "--out", "new.json", "--model", "vit_b_16", "--input-size", 3, 224, 224),
+            "MultiheadAttention",
+        ),
+        (
+            ("profile", "--out", "new.json", "--model", "resnet18", "--input-size", 3, 0, 8),
+            "--input-size is (3, 0, 8)",
+        ),
         (("run", "none.yaml"), "recipe 'none.yaml' does not exist"),
         (("run", "key.yaml"), "key.yaml: learning_rate: unknown key"),
         (("run", "model.yaml"), "unknown model 'resnet19'"),
