@@ -120,6 +120,9 @@ inline void __stwb(uint4* to, uint4 value) {
 inline double __ldcg(const double* address) {
   return *address;
 }
+inline void __stwb(uint4* address, uint4 value) {
+  *address = value;
+}
 
 namespace cuda_on_host {
 
