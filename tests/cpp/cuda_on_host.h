@@ -112,11 +112,6 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 }
 inline void __threadfence() {}
 
-/// A plain store, so that the sanitizer still sees an address that is not aligned to 16 bytes.
-inline void __stwb(uint4* to, uint4 value) {
-  *to = value;
-}
-
 inline double __ldcg(const double* address) {
   return *address;
 }
