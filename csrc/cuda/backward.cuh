@@ -165,10 +165,11 @@ struct ScaleGradient {
 constexpr int backward_rows_block = 256;
 constexpr int backward_columns_block = 128;
 
-/// Blocks of backward_rows that a multiprocessor's registers are to hold: as many as need no
-/// spills.
+/// Blocks of backward_rows that a multiprocessor's registers are to hold: as many as need no spills
+/// on any architecture.
 template <typename T, bool single>
-constexpr int backward_rows_residents = (single ? 4 : 3) - (sizeof(T) == 8 ? 1 : 0);
+constexpr int backward_rows_residents =
+    single ? (sizeof(T) == 4 ? 4 : 3) : (sizeof(T) == 8 ? 2 : 3);
 
 template <typename T>
 struct BackwardRows {
