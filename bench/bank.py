@@ -32,7 +32,7 @@ class BankRoundTrip:
     def __init__(self, model: nn.Module, bits: Sequence[int]) -> None:
         self.layers = quantized_layers(model)
         self.bits = tuple(bits)
-        self.bank = WeightBank(model)
+        self.bank = WeightBank(self.layers)
 
     def run(self, grads: Sequence[Sequence[Tensor]]) -> None:
         """Quantize and bring ``grads[layer][bit-width]`` back to the weights and the scales.

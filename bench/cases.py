@@ -165,9 +165,10 @@ def _build_single(
     for _ in range(_rotation(device, moved)):
         x = torch.randn(shape, device=device)
         x = x * 0.05 if signed else x.abs()
-        if signed:
-            scale = weight_start_scale(x.reshape(x.shape[0], -1), 4, per_channel=channel_axis == 0)
-            scale = scale.reshape(-1).clamp(min=0.01)
+        if one_element:
+            scale = torch.full((1,), 0.05, device=device)
+        elif signed:
+            scale = weight_start_scale(x, 4, per_channel=channel_axis == 0).reshape(-1)
         else:
             scale = (2 * x.mean() / math.sqrt(quant_max)).reshape(1)
         x = x.to(dtype).requires_grad_()
@@ -262,6 +263,8 @@ def _dtype(dtype: torch.dtype) -> str:
 
 # --- many bit-widths in one pass ----------------------------------------------------------------
 
+MultiInput = tuple[Tensor, Tensor, list[Tensor]]  # x, a scale and a gradient per bit-width
+
 
 def _multi_cases(device: str) -> Iterator[Case]:
     rows: list[tuple[str, Sequence[int], torch.dtype, bool]] = [
@@ -308,28 +311,27 @@ def _build_multi(
     factors = [lsq_grad_factor(data[0][0], quant_max) for _, quant_max in ranges]
     rows, mins, maxs = list(range(count)), [r[0] for r in ranges], [r[1] for r in ranges]
     guard = (SCALE_MIN, math.inf)
-    Given = tuple[Tensor, Tensor, list[Tensor]]
 
-    def forward(given: Given) -> Tensor:
+    def forward(given: MultiInput) -> Tensor:
         x, scales, _ = given
         return torch.ops.limpq.fake_quantize_multi(
             x, scales, rows, mins, maxs, None, factors, *guard
         )
 
-    def five_forwards(given: Given) -> list[Tensor]:
+    def five_forwards(given: MultiInput) -> list[Tensor]:
         x, scales, _ = given
         return [
             torch.ops.limpq.fake_quantize(x, scales, k, mins[k], maxs[k], None, factors[k], *guard)
             for k in rows
         ]
 
-    def backward(given: Given) -> tuple[Tensor, Tensor]:
+    def backward(given: MultiInput) -> tuple[Tensor, Tensor]:
         x, scales, grads = given
         return torch.ops.limpq.fake_quantize_multi_backward(
             grads, x, scales, rows, mins, maxs, None, factors, *guard
         )
 
-    def five_backwards(given: Given) -> tuple[Tensor, Tensor]:
+    def five_backwards(given: MultiInput) -> tuple[Tensor, Tensor]:
         x, scales, grads = given
         total = dscale = None
         for k in rows:
@@ -355,7 +357,7 @@ def _build_multi(
         (forward, five_forwards) if direction == "forward" else (backward, five_backwards)
     )
 
-    def inputs(call: int) -> Given:
+    def inputs(call: int) -> MultiInput:
         return data[call % len(data)]
 
     contenders = {

@@ -9,6 +9,7 @@ from bench import report, timing
 from bench.cases import all_cases
 
 RESULTS = pytest.StashKey[list[report.Result]]()
+OTHERS = pytest.StashKey[timing.OtherProcesses]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
+    config.stash[OTHERS] = timing.OtherProcesses()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -49,3 +51,6 @@ def pytest_terminal_summary(
     if config.stash[RESULTS]:
         terminalreporter.write_line("")
         terminalreporter.write_line(report.table(config.stash[RESULTS]))
+        warning = report.contention(config.stash[OTHERS].share())
+        if warning:
+            terminalreporter.write_line(f"Careful: {warning}.", yellow=True)

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.record: there is no CUDA device here", file=sys.stderr)
         return 1
     run = report.describe_run(options.device, quick=options.quick, keeps_freed_memory=False)
+    others = timing.OtherProcesses()
     results = []
     # The steps come first: their peak memory is measured with the C library's own settings.
     shapes = {} if options.no_joint_step or options.quick else joint_step.SHAPES
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not results:
         print(f"bench.record: no case has '{options.only}' in its name", file=sys.stderr)
         return 1
+    run["other_processes"] = others.share()
     print(report.page(run, results))
     options.out.mkdir(parents=True, exist_ok=True)
     report.save(options.out / f"{run['kind']}.json", run, results)

@@ -26,6 +26,8 @@ FORMAT = "limpq-benchmark"
 VERSION = 1
 OURS = "limpq_ext"
 FLOOR = "floor"
+QUIET = 0.03
+"""The share of the CPU time that other processes may take in a run that is worth recording."""
 COLUMNS = ("eager", "learnable", "compiled")
 
 
@@ -87,6 +89,16 @@ def table(results: Sequence[Result]) -> str:
             )
         )
     return markdown(rows)
+
+
+def contention(share: float | None) -> str:
+    """A warning where other processes disturbed a run by more than they may, else nothing."""
+    if share is None or share <= QUIET:
+        return ""
+    return (
+        f"other processes took {100 * share:.0f} % of the CPU time of this run:"
+        " its numbers are of no use on a CPU, and not worth recording"
+    )
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -192,12 +204,14 @@ def page(run: dict[str, Any], results: Sequence[Result]) -> str:
     """A Markdown page of a run."""
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
     hardware = run["gpu"] or f"{run['cpu']}, {run['threads']} threads, {run['cpu_capability']}"
+    warning = contention(run.get("other_processes"))
     commit = (run["commit"] or "unknown")[:12] + (" with changes" if run["dirty"] else "")
     lines = [
         f"# {run['kind']}",
         "",
         f"{hardware}. {versions}. Commit {commit}, {run['date']}.",
         "",
+        *([f"Careful: {warning}.", ""] if warning else []),
         table([result for result in results if not result.memory]),
         "",
     ]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +145,40 @@ def compare_samples(seconds: Mapping[str, list[float]]) -> Comparison:
         quartiles[name] = (lower, upper)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
     return Comparison(len(seconds[ours]), medians, ratios, quartiles)
+
+
+class OtherProcesses:
+    """How much of the machine's CPU time other processes take from now on.
+
+    Two threads that wait for each other wait a whole time slice wherever a third process has the
+    core of one of them. Then a sample counts time slices, and no median helps.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """Their part of all CPU time since the start, 0 to 1; None where Linux does not tell."""
+        now = self._read()
+        if self._start is None or now is None:
+            return None
+        busy, total = (after - before for after, before in zip(now, self._start, strict=True))
+        return min(max(0.0, busy / total), 1.0) if total > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float] | None:
+        """Seconds that others were busy, and seconds in all, summed over the CPUs."""
+        try:
+            line = Path("/proc/stat").read_text().splitlines()[0]
+        except OSError:
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        # user, nice, system, idle, iowait, irq, softirq, steal; what follows is part of user
+        seconds = [int(field) / ticks for field in line.split()[1:9]]
+        own = os.times()
+        idle = seconds[3] + seconds[4]
+        mine = own.user + own.system + own.children_user + own.children_system
+        return sum(seconds) - idle - mine, sum(seconds)
 
 
 def keep_freed_memory() -> bool:
