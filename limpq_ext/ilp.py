@@ -99,6 +99,8 @@ class _Program:
         self._gap = gap
         self._options = {
             "output_flag": False,
+            # its reductions were seen to lose the optimum where coefficients differ by 10^8
+            "presolve": "off",
             "mip_rel_gap": gap,
             "mip_abs_gap": 0.0,
             "mip_feasibility_tolerance": TOLERANCE,
@@ -135,7 +137,11 @@ class _Program:
         exponent = min(0, 10 - (max(above) // unit).bit_length())
         columns = [column for column, cost in enumerate(above) if cost]
         costs = [math.ldexp(above[column] // unit, exponent) for column in columns]
+        # Half a unit more admits no other integers, and keeps HiGHS's rounding from excluding an
+        # answer that uses the limit up. Where a unit is below HiGHS's tolerance this admits answers
+        # that break the limit: they are found in exact integers and cut off.
         limit = math.ldexp((row.limit - row.smallest) // unit, exponent)
+        limit += max(math.ldexp(0.5, exponent), 8 * TOLERANCE)
         self._rows.append((np.array(columns), np.array(costs), -math.inf, limit))
 
     def solve(self, deadline: float) -> list[Row]:
