@@ -33,7 +33,7 @@ from .layers import (
     QuantLinear,
     SwitchableBatchNorm,
 )
-from .ops import lsq_fake_quantize, lsq_fake_quantize_multi
+from .ops import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
@@ -64,6 +64,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "lsq_fake_quantize",
+    "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",
     "prepare",
     "profile",

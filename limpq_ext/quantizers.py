@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .bits import check_bits
-from .ops import SCALE_MIN, lsq_grad_factor, thresholds
+from .ops import SCALE_MIN, fake_quantize, lsq_grad_factor, thresholds
 
 
 class LsqQuantizer(nn.Module):
@@ -110,7 +110,7 @@ class LsqQuantizer(nn.Module):
         quant_min, quant_max = thresholds(
             self.selected_bits, signed=signed, symmetric=self.symmetric and signed
         )
-        return torch.ops.limpq.fake_quantize(
+        return fake_quantize(
             x,
             self.scale,
             self._index,
