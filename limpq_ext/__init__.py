@@ -20,6 +20,7 @@ if torch.__version__ != _build.TORCH_VERSION:
         " limpq_ext"
     )
 
+from .bank import WeightBank
 from .costs import Costs, profile
 from .files import FileFormatError
 from .finetune import finetune
@@ -59,6 +60,7 @@ __all__ = [
     "QuantLinear",
     "QuantizedLayer",
     "SwitchableBatchNorm",
+    "WeightBank",
     "WeightQuantizer",
     "apply_policy",
     "evaluate",
