@@ -54,6 +54,9 @@ struct BackwardProblem : Problem {
   // the compute type first, in the order of the list.
   bool adds_to_dscale;
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
+  // CUDA only: cuda::backward_counter_bytes(...) bytes, zero at the launch and zero again after
+  // it. Two launches that may overlap must not share them (see csrc/cuda/fake_quantize.h).
+  void* counters;
 };
 
 }  // namespace limpq

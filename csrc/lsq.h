@@ -72,11 +72,17 @@ LIMPQ_INLINE double round_ties_even(double c) {
 }
 #endif
 
+/// y = round(clamp(v)) * scale, for v = x / scale.
+template <typename C>
+LIMPQ_INLINE C fake_quantize_quotient(C v, C scale, Range<C> range) {
+  return round_ties_even(clamp_to_range(v, range)) * scale;
+}
+
 /// y = round(clamp(x / scale)) * scale. The division is a true one: multiplying by 1 / scale moves
 /// ties and changes about one value in 10^6. `scale` is the guarded scale.
 template <typename C>
 LIMPQ_INLINE C fake_quantize(C x, C scale, Range<C> range) {
-  return round_ties_even(clamp_to_range(x / scale, range)) * scale;
+  return fake_quantize_quotient(x / scale, scale, range);
 }
 
 /// What one element contributes to the gradients; `dscale` is summed over the elements that share
@@ -87,14 +93,19 @@ struct Gradients {
   C dscale;
 };
 
-/// The straight-through gradients of fake_quantize. The bounds count as inside, as in torch.clamp.
+/// The straight-through gradients of fake_quantize, for v = x / scale. The bounds count as inside,
+/// as in torch.clamp.
 template <typename C>
-LIMPQ_INLINE Gradients<C> fake_quantize_backward(C grad, C x, C scale, Range<C> range) {
-  const C v = x / scale;
+LIMPQ_INLINE Gradients<C> fake_quantize_quotient_backward(C grad, C v, Range<C> range) {
   const C q = round_ties_even(clamp_to_range(v, range));
   const bool inside = (v >= range.quant_min) & (v <= range.quant_max);
   // q - 0 is q: subtracting a selected value, not selecting a difference, lets compilers vectorise.
   return {inside ? grad : C(0), grad * (q - (inside ? v : C(0)))};
+}
+
+template <typename C>
+LIMPQ_INLINE Gradients<C> fake_quantize_backward(C grad, C x, C scale, Range<C> range) {
+  return fake_quantize_quotient_backward(grad, x / scale, range);
 }
 
 }  // namespace limpq

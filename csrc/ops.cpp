@@ -375,7 +375,8 @@ Tensor fake_quantize_grouped_autograd(const Tensor& x, const Tensor& scale,
 class RefuseSecondDerivative : public torch::autograd::Function<RefuseSecondDerivative> {
  public:
   static variable_list forward(torch::autograd::AutogradContext*, const Tensor& dx,
-                               const Tensor& dscale, at::TensorList /*inputs*/) {
+                               const Tensor& dscale,
+                               const Tensor& /*an input that needs a gradient*/) {
     return {dx.view_as(dx), dscale.view_as(dscale)};
   }
   static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
@@ -388,12 +389,12 @@ class RefuseSecondDerivative : public torch::autograd::Function<RefuseSecondDeri
 
 std::tuple<Tensor, Tensor> without_derivative(std::tuple<Tensor, Tensor> gradients,
                                               const std::vector<Tensor>& inputs) {
-  const auto needs_gradient = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
-  if (!at::GradMode::is_enabled() || std::none_of(inputs.begin(), inputs.end(), needs_gradient)) {
-    return gradients;
-  }
+  if (!at::GradMode::is_enabled()) return gradients;
+  const auto input = std::find_if(inputs.begin(), inputs.end(),
+                                  [](const Tensor& t) { return t.defined() && t.requires_grad(); });
+  if (input == inputs.end()) return gradients;
   const auto refused =
-      RefuseSecondDerivative::apply(std::get<0>(gradients), std::get<1>(gradients), inputs);
+      RefuseSecondDerivative::apply(std::get<0>(gradients), std::get<1>(gradients), *input);
   return {refused[0], refused[1]};
 }
 

@@ -7,8 +7,13 @@
 
 #include "cpu/fake_quantize.h"
 #if defined(LIMPQ_WITH_CUDA)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/fake_quantize.h"
 #endif
@@ -182,6 +187,26 @@ void with_workspaces(BackwardProblem* problems, int64_t count, const Tensor& x, 
   run();
 }
 
+#if defined(LIMPQ_WITH_CUDA)
+/// Zeroed counters for a backward call (see cuda/fake_quantize.h): one buffer per device and
+/// stream, kept, or one of its own for a call that is being captured into a graph.
+Tensor counters_for(const Tensor& x, int64_t bytes) {
+  const auto zeros = [&] { return at::zeros({bytes}, x.options().dtype(at::kByte)); };
+  if (bytes == 0) return Tensor();
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return zeros();
+  }
+  static std::mutex mutex;
+  // Never destroyed: at the end of the process the CUDA driver may be gone first.
+  static auto& held = *new std::map<std::pair<int, c10::StreamId>, Tensor>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  Tensor& counters = held[{stream.device_index(), stream.id()}];
+  if (!counters.defined() || counters.numel() < bytes) counters = zeros();
+  return counters;
+}
+#endif
+
 }  // namespace
 
 void run_forward(const ForwardProblem* problems, int64_t count, const Tensor& x) {
@@ -198,6 +223,10 @@ void run_backward(BackwardProblem* problems, int64_t count, const Tensor& x) {
 #if defined(LIMPQ_WITH_CUDA)
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor counters = counters_for(x, cuda::backward_counter_bytes(problems, count));
+    for (int64_t i = 0; i < count; ++i) {
+      problems[i].counters = counters.defined() ? counters.mutable_data_ptr() : nullptr;
+    }
     return with_workspaces(problems, count, x, cuda::backward_workspace_bytes, [&] {
       cuda::fake_quantize_backward(problems, count, c10::cuda::getCurrentCUDAStream());
     });

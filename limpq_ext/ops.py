@@ -182,8 +182,13 @@ def lsq_grad_factor(
 
     Returns:
         The factor; 1.0 for an empty tensor. N is the number of elements that share a scale.
+
+    Raises:
+        IndexError: ``x`` has no such axis.
     """
     shared = x.numel() // max(parts, 1)
+    if channel_axis is not None and not -x.dim() <= channel_axis < x.dim():
+        raise IndexError(f"channel_axis is {channel_axis}, but x has {x.dim()} dimensions")
     if channel_axis is not None and shared:
         shared //= x.shape[channel_axis]
     return (shared * quant_max) ** -0.5 if shared > 0 and quant_max > 0 else 1.0

@@ -198,8 +198,13 @@ class ActivationQuantizer(LsqQuantizer):
             torch.distributed.all_reduce(mean_and_lowest)
             mean_and_lowest /= torch.distributed.get_world_size()
             mean_and_lowest[1] = lowest
+        mean, lowest_value = mean_and_lowest.tolist()
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"{self.name or 'activation quantizer'}: the first batch has a NaN or an infinity"
+            )
         if self._signed is None:
-            self._signed = bool(mean_and_lowest[1] < 0)
+            self._signed = lowest_value < 0
             self.signed_range.fill_(int(self._signed))
         _, quant_max = thresholds(self.selected_bits, signed=self._signed)
         self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))

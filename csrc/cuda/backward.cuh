@@ -1,0 +1,578 @@
+// Backward: x and the gradients are read once, dx is written once, and the scales' gradients are
+// summed in the same launch.
+//
+// The idea, without vectors and threads:
+//
+//   for each element i of x, in its channel c:
+//     for k in 0 .. count:
+//       terms = fake_quantize_backward(grad[k][i], x[i], guarded scale[scale_row[k], c], range[k])
+//       dx[i] += terms.dx
+//       dscale[scale_row[k], c] += terms.dscale
+//   dscale *= grad_factor, 0 where the guard replaced the scale
+//
+// The sum goes: a thread's elements in float, at most `longest_float_sum` packs of them; a block's
+// threads in double; and the blocks that share a channel in double as a tree (SumTree), each node
+// of which is added by the block that arrives last at it. Who adds varies from run to run, the
+// order of the additions does not.
+#pragma once
+
+#include "quantizers.cuh"
+
+namespace limpq::cuda {
+
+/// Scratch of a block: its threads' sums first, then those of combine().
+__device__ __forceinline__ unsigned char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+#else
+  return cuda_on_host::shared_memory();
+#endif
+}
+
+/// The sums over blocks. A block works on `items` sums, count x group_channels of them: item
+/// k * group_channels + j belongs to bit-width k and channel group * group_channels + j.
+template <typename C>
+struct ScaleGradient {
+  C* dscale;  // [scale_rows, channels]
+  int64_t scale_rows;
+  bool adds;  // to what an earlier launch left in dscale
+  double grad_factor[max_bit_widths];
+  int group_channels;
+  SumTree tree;
+  double* part_sums;    // [groups, parts, items]
+  double* branch_sums;  // [groups, branches, items]
+  unsigned* counters;   // [groups, 1 + branches]
+
+  __device__ __forceinline__ void finish(const Quantizers<C>& quantizers, unsigned group, int item,
+                                         double sum) const {
+    const int k = item / group_channels;
+    const int64_t channel = int64_t(group) * group_channels + item % group_channels;
+    if (channel >= quantizers.channels) return;
+    const int64_t at = quantizers.scale_row[k] * quantizers.channels + channel;
+    const bool is_free =
+        scale_is_free(quantizers.scale[at], quantizers.scale_min, quantizers.scale_max);
+    const C value = is_free ? static_cast<C>(sum * grad_factor[k]) : C(0);
+    dscale[at] = adds ? dscale[at] + value : value;
+  }
+
+  /// Takes the sum of one item over this block.
+  __device__ __forceinline__ void deliver(const Quantizers<C>& quantizers, unsigned group,
+                                          unsigned part, int item, double sum) const {
+    if (tree.parts == 1) {
+      finish(quantizers, group, item, sum);
+    } else {
+      const int64_t items = int64_t(quantizers.count) * group_channels;
+      part_sums[(int64_t(group) * tree.parts + part) * items + item] = sum;
+    }
+  }
+
+  /// Counts the blocks that came here; true in the last of `expected`, which sees all that the
+  /// others wrote before. Leaves the counter at 0 for the next launch.
+  __device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned expected) const {
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(counter, 1u) == expected - 1;
+      if (last) {
+        *counter = 0;
+        __threadfence();
+      }
+    }
+    return __syncthreads_or(last);
+  }
+
+  /// For each item, the sum over `parts` in a fixed order, handed to `take(item, sum)`.
+  template <typename Take>
+  __device__ __forceinline__ void combine(const double* sums, unsigned parts, int items,
+                                          Take&& take) const {
+    double* const scratch = reinterpret_cast<double*>(shared_memory());
+    const int threads = blockDim.x;
+    // Few items: several threads add each, and one adds theirs.
+    const int helpers = items >= threads ? 1 : min(warp_size, threads / items);
+    for (int first = 0; first < items; first += threads) {
+      const int item = helpers == 1 ? first + int(threadIdx.x) : threadIdx.x % items;
+      const int helper = helpers == 1 ? 0 : threadIdx.x / items;
+      const bool busy = item < items && helper < helpers;
+      double sum = 0;
+      if (busy) {
+        // Past the L1 cache: it may hold what was here before the other blocks wrote.
+#pragma unroll 4
+        for (unsigned i = helper; i < parts; i += helpers) {
+          sum += __ldcg(sums + int64_t(i) * items + item);
+        }
+      }
+      if (helpers == 1) {
+        if (busy) take(item, sum);
+        continue;
+      }
+      if (busy) scratch[helper * items + item] = sum;
+      __syncthreads();
+      if (helper == 0) {
+        sum = 0;
+#pragma unroll 4
+        for (int h = 0; h < helpers; ++h) sum += scratch[h * items + item];
+        take(item, sum);
+      }
+      __syncthreads();
+    }
+  }
+
+  /// Rows that no bit-width of this call uses.
+  __device__ __forceinline__ void clear_unused_rows(const Quantizers<C>& quantizers,
+                                                    unsigned group) const {
+    if (adds) return;
+    for (int64_t row = 0; row < scale_rows; ++row) {
+      bool used = false;
+      for (int k = 0; k < quantizers.count; ++k) used |= quantizers.scale_row[k] == row;
+      if (used) continue;
+      for (int j = threadIdx.x; j < group_channels; j += blockDim.x) {
+        const int64_t channel = int64_t(group) * group_channels + j;
+        if (channel < quantizers.channels) dscale[row * quantizers.channels + channel] = C(0);
+      }
+    }
+  }
+
+  /// After the block has delivered all of its items.
+  __device__ __forceinline__ void complete(const Quantizers<C>& quantizers, unsigned group,
+                                           unsigned part) const {
+    const int items = quantizers.count * group_channels;
+    if (tree.parts > 1 && items > 0) {
+      const unsigned branch = part / tree.fan_in;
+      const unsigned first = branch * tree.fan_in;
+      const unsigned parts = min(tree.fan_in, tree.parts - first);
+      unsigned* const counter = counters + int64_t(group) * (1 + tree.branches);
+      const auto finish_item = [&](int item, double sum) { finish(quantizers, group, item, sum); };
+
+      if (!last_to_arrive(counter + 1 + branch, parts)) return;
+      const double* const branch_parts = part_sums + (int64_t(group) * tree.parts + first) * items;
+      if (tree.branches == 1) {
+        combine(branch_parts, parts, items, finish_item);
+      } else {
+        double* const group_branches = branch_sums + int64_t(group) * tree.branches * items;
+        combine(branch_parts, parts, items, [&](int item, double sum) {
+          group_branches[int64_t(branch) * items + item] = sum;
+        });
+        if (!last_to_arrive(counter, tree.branches)) return;
+        combine(group_branches, tree.branches, items, finish_item);
+      }
+    } else if (part != 0) {
+      return;
+    }
+    clear_unused_rows(quantizers, group);
+  }
+};
+
+/// Threads of a block. Columns take fewer: each of them keeps a sum per bit-width and channel.
+constexpr int backward_rows_block = 256;
+constexpr int backward_columns_block = 128;
+
+template <typename T>
+struct BackwardRows {
+  Quantizers<ComputeType<T>> quantizers;
+  ScaleGradient<ComputeType<T>> scale_gradient;
+  const T* x;
+  const T* grad[max_bit_widths];
+  T* dx;
+  int64_t outer;
+  int64_t inner;
+  int64_t piece_packs;
+  int64_t chunk_rows;
+  unsigned pieces;
+  unsigned groups;
+  int team;
+  bool aligned;
+};
+
+/// Adds what one pack contributes through one bit-width: to dx, and to the result for the scale.
+template <typename C, int V>
+__device__ __forceinline__ C backward_pack(const C (&grad)[V], const C (&quotient)[V],
+                                           Range<C> range, bool first, C (&dx)[V]) {
+  C sum = C(0);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const Gradients<C> terms = fake_quantize_quotient_backward(grad[j], quotient[j], range);
+    dx[j] = first ? terms.dx : dx[j] + terms.dx;  // no 0 + -0.0, which would lose the sign
+    sum += terms.dscale;
+  }
+  return sum;
+}
+
+/// Bytes per element: sizeof(T) * (2 + count), where count is the gradients that are not null.
+/// `single`: count is 1, and the scale and the sum stay in registers.
+///
+/// Each team of threads takes one channel, and of it either one piece of one row or several rows.
+template <typename T, bool single>
+__global__ void __launch_bounds__(backward_rows_block, single ? 4 : 3)
+    backward_rows(const __grid_constant__ BackwardRows<T> p) {
+  using C = ComputeType<T>;
+  constexpr int V = vector_size<T>;
+  const int threads = blockDim.x;
+  const int team = threadIdx.x / p.team;
+  const int lane = threadIdx.x % p.team;
+  const unsigned piece = blockIdx.x % p.pieces;
+  const unsigned group = blockIdx.x / p.pieces % p.groups;
+  const unsigned chunk = blockIdx.x / p.pieces / p.groups;
+  const int teams = threads / p.team;
+  const int64_t channels = p.quantizers.channels;
+  const int64_t channel = int64_t(group) * teams + team;
+  const int count = single ? 1 : p.quantizers.count;
+
+  C* const sums = reinterpret_cast<C*>(shared_memory());  // [count, threads]
+  Divisor<C>* const divisors =
+      reinterpret_cast<Divisor<C>*>(sums + count * threads);  // [count, teams]
+  Divisor<C> only_divisor(C(1));
+  C only_sum = C(0);
+  if (channel < channels) {
+    if (single) {
+      only_divisor = p.quantizers.divisor(0, channel);
+    } else {
+      for (int k = lane; k < count; k += p.team) {
+        divisors[k * teams + team] = p.quantizers.divisor(k, channel);
+      }
+    }
+  }
+  if (!single) {
+    for (int k = 0; k < count; ++k) sums[k * threads + threadIdx.x] = C(0);
+    __syncthreads();
+  }
+
+  const int64_t last_row = min(p.outer, (chunk + int64_t(1)) * p.chunk_rows);
+  for (int64_t o = chunk * p.chunk_rows; o < last_row && channel < channels; ++o) {
+    const Row<T> row(p.x, (o * channels + channel) * p.inner, p.inner, p.aligned);
+    const int64_t end = min(row.packs(), (piece + int64_t(1)) * p.piece_packs);
+    for (int64_t i = piece * p.piece_packs + lane; i < end; i += p.team) {
+      const Span<T> span = row.span(i);
+      C x[V];
+      C dx[V] = {};
+      C grad[V];
+      C quotient[V];
+      if constexpr (single) {
+        const Pack<T> grad_pack = span.load(p.grad[0]);
+        widen<T>(span.load(p.x), x);
+        widen<T>(grad_pack, grad);
+        divide(x, only_divisor, all_tame<T>(x), quotient);
+        only_sum += backward_pack(grad, quotient, p.quantizers.range(0), true, dx);
+      } else {
+        widen<T>(span.load(p.x), x);
+        const bool tame = all_tame<T>(x);
+        Pack<T> next{};
+        if (count > 0) next = span.load(p.grad[0]);
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
+          widen<T>(next, grad);
+          if (k + 1 < count) next = span.load(p.grad[k + 1]);  // under way while k is computed
+          divide(x, divisors[k * teams + team], tame, quotient);
+          sums[k * threads + threadIdx.x] +=
+              backward_pack(grad, quotient, p.quantizers.range(k), k == 0, dx);
+        }
+      }
+      span.store(p.dx, narrow<T>(dx));
+    }
+  }
+
+  if (single) sums[threadIdx.x] = only_sum;
+  __syncthreads();
+
+  // One warp for each item: it adds the sums of the item's team.
+  const unsigned part = chunk * p.pieces + piece;
+  const int warp_lane = threadIdx.x % warp_size;
+  for (int item = threadIdx.x / warp_size; item < count * teams; item += threads / warp_size) {
+    const int k = item / teams;
+    const C* const team_sums = sums + k * threads + item % teams * p.team;
+    double sum = 0;
+    for (int i = warp_lane; i < p.team; i += warp_size) sum += team_sums[i];
+#pragma unroll
+    for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    }
+    if (warp_lane == 0) p.scale_gradient.deliver(p.quantizers, group, part, item, sum);
+  }
+  p.scale_gradient.complete(p.quantizers, group, part);
+}
+
+template <typename T>
+struct BackwardColumns {
+  Quantizers<ComputeType<T>> quantizers;
+  ScaleGradient<ComputeType<T>> scale_gradient;
+  const T* x;
+  const T* grad[max_bit_widths];
+  T* dx;
+  int64_t rows;
+  int64_t chunk_rows;
+  unsigned groups;
+  int width;
+};
+
+/// Rows that a thread has in registers at a time.
+template <typename T>
+constexpr int column_rows = sizeof(T) == 2 ? 2 : 4;
+
+/// Bytes per element: sizeof(T) * (2 + count), and the scales, which stay in the cache.
+///
+/// Each thread owns V neighbouring channels and walks down their rows, `column_rows` at a time, so
+/// that the scales are fetched and inverted once for them. V > 1 asks for channels % V == 0 and for
+/// pointers, scale too, divisible by 16.
+template <typename T, int V>
+__global__ void __launch_bounds__(backward_columns_block, 4)
+    backward_columns(const __grid_constant__ BackwardColumns<T> p) {
+  using C = ComputeType<T>;
+  constexpr int rows_at_a_time = column_rows<T>;
+  const int threads = blockDim.x;
+  const int height = threads / p.width;
+  const int down = threadIdx.x / p.width;
+  const unsigned group = blockIdx.x % p.groups;
+  const unsigned chunk = blockIdx.x / p.groups;
+  const int64_t channels = p.quantizers.channels;
+  const int64_t channel = (int64_t(group) * p.width + threadIdx.x % p.width) * V;
+  const int count = p.quantizers.count;
+
+  C* const sums = reinterpret_cast<C*>(shared_memory());  // [count, V, threads]
+  for (int i = 0; i < count * V; ++i) sums[i * threads + threadIdx.x] = C(0);
+
+  if (channel < channels && down < height) {
+    const int64_t end = min(p.rows, (chunk + int64_t(1)) * p.chunk_rows);
+    for (int64_t first = chunk * p.chunk_rows + down; first < end;
+         first += rows_at_a_time * height) {
+      Pack<T, V> x[rows_at_a_time];
+      C dx[rows_at_a_time][V] = {};
+#pragma unroll
+      for (int u = 0; u < rows_at_a_time; ++u) {
+        const int64_t row = first + u * height;
+        if (row < end) x[u] = load_pack<V>(p.x + row * channels + channel);
+      }
+#pragma unroll 1
+      for (int k = 0; k < count; ++k) {
+        Pack<T, V> grads[rows_at_a_time];
+#pragma unroll
+        for (int u = 0; u < rows_at_a_time; ++u) {
+          const int64_t row = first + u * height;
+          if (row < end) grads[u] = load_pack<V>(p.grad[k] + row * channels + channel);
+        }
+        Divisor<C> divisors[V];
+        p.quantizers.divisors(k, channel, divisors);
+        const Range<C> range = p.quantizers.range(k);
+        C sum[V] = {};
+#pragma unroll
+        for (int u = 0; u < rows_at_a_time; ++u) {
+          if (first + u * height >= end) break;
+          C values[V];
+          C quotient[V];
+          C grad[V];
+          widen<T>(x[u], values);
+          widen<T>(grads[u], grad);
+          divide(values, divisors, all_tame<T>(values), quotient);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const Gradients<C> terms = fake_quantize_quotient_backward(grad[j], quotient[j], range);
+            dx[u][j] = k == 0 ? terms.dx : dx[u][j] + terms.dx;
+            sum[j] += terms.dscale;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) sums[(k * V + j) * threads + threadIdx.x] += sum[j];
+      }
+#pragma unroll
+      for (int u = 0; u < rows_at_a_time; ++u) {
+        const int64_t row = first + u * height;
+        if (row < end) store_pack(p.dx + row * channels + channel, narrow<T>(dx[u]));
+      }
+    }
+  }
+  __syncthreads();
+
+  // One thread for each item: it adds the sums of the threads above each other.
+  const int group_channels = p.width * V;
+  for (int item = threadIdx.x; item < count * group_channels; item += threads) {
+    const int k = item / group_channels;
+    const int j = item % group_channels % V;
+    const C* const column = sums + (k * V + j) * threads + item % group_channels / V;
+    double sum = 0;
+    for (int i = 0; i < height; ++i) sum += column[i * p.width];
+    p.scale_gradient.deliver(p.quantizers, group, chunk, item, sum);
+  }
+  p.scale_gradient.complete(p.quantizers, group, chunk);
+}
+
+/// How a backward problem is cut: which kernel, and what it asks of its caller.
+struct BackwardLayout {
+  static constexpr int shared_limit = 48 * 1024;  // what every GPU gives without asking
+
+  BackwardProblem problem;  // collapsed, bit-widths without a gradient left out
+  bool columns;
+  int pack;  // elements of an access
+  bool aligned;
+  int64_t blocks = 0;
+  int64_t groups = 0;
+  int group_channels = 0;
+  int shared_bytes = 0;
+  SumTree tree{1};
+  RowsLayout rows;
+  ColumnsLayout column;
+
+  static BackwardLayout of(const BackwardProblem& problem) {
+    const BackwardProblem used = with_gradients(problem);
+    return BackwardLayout(
+        problem, aligned_alike(used.x, used.grad, used.count) && aligned_alike(used.x, &used.dx, 1),
+        aligned_to_16(used.x) && aligned_to_16(used.scale));
+  }
+
+  /// What the caller has to provide, whatever its pointers will be.
+  static int64_t workspace_bytes(const BackwardProblem& problem) {
+    return std::max(BackwardLayout(problem, true, true).workspace_bytes(),
+                    BackwardLayout(problem, false, false).workspace_bytes());
+  }
+  static int64_t counter_bytes(const BackwardProblem& problem) {
+    return std::max(BackwardLayout(problem, true, true).counter_bytes(),
+                    BackwardLayout(problem, false, false).counter_bytes());
+  }
+
+  int64_t items() const { return int64_t(problem.count) * group_channels; }
+  int64_t workspace_bytes() const {
+    return items() == 0 ? 0 : tree.workspace(groups, items()) * int64_t(sizeof(double));
+  }
+  int64_t counter_bytes() const {
+    return items() == 0 ? 0 : tree.counters(groups) * int64_t(sizeof(unsigned));
+  }
+
+  /// `alike`: whether all pointers have the same offset from a 16-byte boundary, `at_16`: whether
+  /// it is 0.
+  BackwardLayout(const BackwardProblem& original, bool alike, bool at_16)
+      : problem(with_gradients(collapse(original))),
+        columns(by_columns(problem)),
+        pack(1),
+        aligned(alike),
+        rows(problem, 16 / element_bytes(problem.dtype), backward_rows_block, 1, longest_float_sum),
+        column(problem, 1, backward_columns_block, step_rows(problem.dtype), 1, longest_float_sum) {
+    const int widest = 16 / element_bytes(problem.dtype);
+    const int compute_bytes = problem.dtype == DataType::float64 ? 8 : 4;
+    if (columns) {
+      const int wide_bytes = problem.count * widest * backward_columns_block * compute_bytes;
+      if (alike && at_16 && problem.channels % widest == 0 && wide_bytes <= shared_limit) {
+        pack = widest;
+        column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
+                               longest_float_sum);
+      }
+      blocks = column.blocks();
+      groups = column.groups;
+      group_channels = column.width * pack;
+      tree = SumTree(column.chunks);
+      shared_bytes = problem.count * pack * backward_columns_block * compute_bytes;
+    } else {
+      pack = widest;
+      blocks = rows.blocks();
+      groups = rows.groups;
+      group_channels = backward_rows_block / rows.team;
+      tree = SumTree(checked_unsigned(int64_t(rows.chunks) * rows.pieces, "blocks"));
+      const int divisor_bytes = 8;  // double, or float and its reciprocal
+      shared_bytes =
+          problem.count * (backward_rows_block * compute_bytes + group_channels * divisor_bytes);
+    }
+    const int block = columns ? backward_columns_block : backward_rows_block;
+    shared_bytes = std::max(shared_bytes, block * int(sizeof(double)));  // combine()
+  }
+
+ private:
+  static int step_rows(DataType dtype) {
+    return element_bytes(dtype) == 2 ? column_rows<__half> : column_rows<float>;
+  }
+
+  static int element_bytes(DataType dtype) {
+    switch (dtype) {
+      case DataType::float32:
+        return 4;
+      case DataType::float64:
+        return 8;
+      case DataType::float16:
+      case DataType::bfloat16:
+        return 2;
+    }
+    return 0;
+  }
+
+  static BackwardProblem with_gradients(BackwardProblem problem) {
+    const int count = problem.numel() == 0 ? 0 : problem.count;
+    problem.count = 0;
+    for (int k = 0; k < count; ++k) {
+      if (problem.grad[k] == nullptr) continue;
+      const int to = problem.count++;
+      problem.grad[to] = problem.grad[k];
+      problem.scale_row[to] = problem.scale_row[k];
+      problem.quant_min[to] = problem.quant_min[k];
+      problem.quant_max[to] = problem.quant_max[k];
+      problem.grad_factor[to] = problem.grad_factor[k];
+    }
+    return problem;
+  }
+};
+
+/// Chooses the kernel. `launch(kernel, blocks, threads, bytes of shared memory, parameters)`.
+template <typename T, typename Launch>
+void backward(const BackwardLayout& layout, Launch&& launch) {
+  using C = ComputeType<T>;
+  static_assert(sizeof(Divisor<C>) == 8, "BackwardLayout reserves 8 bytes");
+  const BackwardProblem& problem = layout.problem;
+
+  const auto fill_in = [&](auto& parameters) {
+    parameters.quantizers = Quantizers<C>(problem);
+    parameters.x = static_cast<const T*>(problem.x);
+    parameters.dx = static_cast<T*>(problem.dx);
+    auto& scale_gradient = parameters.scale_gradient;
+    scale_gradient.dscale = static_cast<C*>(problem.dscale);
+    scale_gradient.scale_rows = problem.scale_rows;
+    scale_gradient.adds = problem.adds_to_dscale;
+    scale_gradient.group_channels = layout.group_channels;
+    scale_gradient.tree = layout.tree;
+    scale_gradient.part_sums = static_cast<double*>(problem.workspace);
+    scale_gradient.branch_sums =
+        scale_gradient.part_sums + layout.groups * layout.tree.parts * layout.items();
+    scale_gradient.counters = static_cast<unsigned*>(problem.counters);
+    for (int k = 0; k < problem.count; ++k) {
+      parameters.grad[k] = static_cast<const T*>(problem.grad[k]);
+      scale_gradient.grad_factor[k] = problem.grad_factor[k];
+    }
+  };
+
+  if (layout.columns) {
+    BackwardColumns<T> parameters;
+    fill_in(parameters);
+    parameters.rows = problem.outer;
+    parameters.chunk_rows = layout.column.chunk_rows;
+    parameters.groups = layout.column.groups;
+    parameters.width = layout.column.width;
+    launch(layout.pack == 1 ? backward_columns<T, 1> : backward_columns<T, vector_size<T>>,
+           layout.blocks, backward_columns_block, layout.shared_bytes, parameters);
+    return;
+  }
+  BackwardRows<T> parameters;
+  fill_in(parameters);
+  parameters.outer = problem.outer;
+  parameters.inner = problem.inner;
+  parameters.piece_packs = layout.rows.piece_packs;
+  parameters.chunk_rows = layout.rows.chunk_rows;
+  parameters.pieces = layout.rows.pieces;
+  parameters.groups = layout.rows.groups;
+  parameters.team = layout.rows.team;
+  parameters.aligned = layout.aligned;
+  launch(problem.count == 1 ? backward_rows<T, true> : backward_rows<T, false>, layout.blocks,
+         backward_rows_block, layout.shared_bytes, parameters);
+}
+
+template <typename Launch>
+void dispatch_backward(const BackwardProblem& problem, Launch&& launch) {
+  if (problem.scale_rows * problem.channels == 0) return;  // then x has no element either
+  const BackwardLayout layout = BackwardLayout::of(problem);
+  switch (problem.dtype) {
+    case DataType::float32:
+      return backward<float>(layout, launch);
+    case DataType::float64:
+      return backward<double>(layout, launch);
+    case DataType::float16:
+      return backward<__half>(layout, launch);
+    case DataType::bfloat16:
+      return backward<__nv_bfloat16>(layout, launch);
+  }
+}
+
+}  // namespace limpq::cuda

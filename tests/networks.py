@@ -1,0 +1,91 @@
+"""Small networks with the shapes of trouble: depthwise, shared, nested, without batch norm."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Depthwise(nn.Module):
+    """An inverted residual with a depthwise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.expand = nn.Conv2d(8, 16, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.project = nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu6(self.stem(x))
+        x = F.relu6(self.bn2(self.depthwise(F.relu6(self.bn1(self.expand(x))))))
+        return self.head(self.project(x).mean((2, 3)))
+
+
+class NoNorm(nn.Module):
+    """Convolutions with biases, one linear layer within, no batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleDict(
+            {"a": nn.Conv2d(3, 6, 3), "b": nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect")}
+        )
+        self.hidden = nn.Linear(6, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.features["b"](F.relu(self.features["a"](x))))
+        return self.head(torch.tanh(self.hidden(x.mean((2, 3)))))
+
+
+class Shared(nn.Module):
+    """One convolution and its batch norm used twice, standing under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.again = self.block
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(self.block(x))
+        return self.head(F.relu(self.again(x)).mean((2, 3)))
+
+
+class PreActivation(nn.Module):
+    """Batch norms that a sum of two layers, or a pooled output, reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.conv1(F.relu(self.bn1(x)))
+        z = x + self.conv2(F.relu(self.bn2(F.max_pool2d(y, 3, 1, 1))))
+        return self.head(F.relu(self.bn3(z)).mean((2, 3)))
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A subclass with a forward of its own that uses its weight as it is."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A subclass that changes its weight before it multiplies by it."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)

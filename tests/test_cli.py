@@ -1,0 +1,282 @@
+"""The command line, as a user runs it: results on disk, one-line errors, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from limpq_ext import Costs, Indicators, Policy, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMPQ_INDICATORS = ROOT.parent / "shared" / "data" / "limpq_resnet50_indicators.pkl"
+SMALL = {
+    "model": {"name": "cifar_resnet", "options": {"blocks": 1, "width": 4}},
+    "bits": [2, 3, 4],
+    "float_training": {"epochs": 2, "lr": 0.1},
+    "joint": {"epochs": 1, "lr": 0.01},
+    "finetune": {"epochs": 1, "lr": 0.02},
+}
+
+
+@pytest.fixture
+def limpq(monkeypatch, capsys, tmp_path):
+    """Runs the command line in a folder of its own: exit code, standard output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["limpq", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "small.yaml"
+    recipe.write_text(yaml.safe_dump(SMALL))
+    command = [
+        sys.executable,
+        "-m",
+        "limpq_ext.cli",
+        "run",
+        str(recipe),
+        "--out",
+        str(folder / "out"),
+    ]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    return recipe, folder / "out", told.stdout
+
+
+def test_a_run_leaves_all_files_and_a_table(finished_run):
+    _, out, said = finished_run
+    for name in (
+        "recipe.yaml",
+        "float.safetensors",
+        "indicators.json",
+        "costs.json",
+        "policy.json",
+        "finetuned.safetensors",
+        "metrics.jsonl",
+    ):
+        assert (out / name).stat().st_size > 0
+        assert name in said
+    for word in ("accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "Seconds"):
+        assert word in said
+    assert "\x1b" not in said
+    policy, costs = Policy.load(out / "policy.json"), Costs.load(out / "costs.json")
+    indicators = Indicators.load(out / "indicators.json")
+    names = [layer.name for layer in costs.layers]
+    assert [layer.name for layer in policy.layers] == names
+    assert sorted(layer.name for layer in indicators.layers) == sorted(names)
+    assert costs.bitops(policy.bits()) <= costs.bitops(dict.fromkeys(names, (3, 3)))
+    assert {(layer.weight_bits, layer.activation_bits) for layer in policy.fixed} == {(8, 8)}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["network"] for line in lines[-3:]] == ["float", "policy", "uniform"]
+    assert all(0 <= line["accuracy"] <= 1 for line in lines[-3:])
+    resolved = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert resolved["joint"]["batch_size"] == 64
+
+
+def test_a_second_run_reuses_what_did_not_change(finished_run, limpq, tmp_path):
+    _, out, _ = finished_run
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump({**SMALL, "finetune": {"epochs": 1, "lr": 0.01}}))
+    weights = (out / "float.safetensors").read_bytes()
+    tuned = (out / "finetuned.safetensors").read_bytes()
+    code, said, _ = limpq("run", changed, "--out", out)
+    assert code == 0
+    for stage in ("float", "indicators", "profile", "search"):
+        assert f"{stage}: nothing it depends on has changed, reused" in said
+    assert "finetune: nothing" not in said
+    assert (out / "float.safetensors").read_bytes() == weights
+    assert (out / "finetuned.safetensors").read_bytes() != tuned
+    code, said, _ = limpq("run", changed, "--out", out, "--fresh")
+    assert code == 0
+    assert "reused" not in said
+    assert (out / "float.safetensors").read_bytes() == weights
+
+
+def test_a_run_does_not_overwrite_what_it_did_not_write(finished_run, limpq, tmp_path):
+    recipe, out, _ = finished_run
+    code, _, error = limpq("run", recipe, "--out", out.parent / "foreign")
+    assert code == 0, error
+    edited = out.parent / "foreign" / "policy.json"
+    edited.write_text(edited.read_text() + "\n")
+    code, _, error = limpq("run", recipe, "--out", edited.parent, "--fresh")
+    assert code == 2
+    assert "policy.json was changed since a run wrote it" in error
+    assert edited.read_text().endswith("\n\n")
+    (tmp_path / "float.safetensors").write_text("mine")
+    code, _, error = limpq("run", recipe, "--out", tmp_path)
+    assert code == 2
+    assert "float.safetensors is not of a run" in error
+    assert (tmp_path / "float.safetensors").read_text() == "mine"
+
+
+def test_each_stage_alone_gives_what_the_run_gave(finished_run, limpq, tmp_path):
+    recipe, out, _ = finished_run
+    again = out.parent / "alone"
+    assert limpq("run", recipe, "--out", again)[0] == 0
+    code, said, error = limpq("profile", "--recipe", recipe, "--out", "costs.json")
+    assert code == 0, error
+    assert Costs.load("costs.json") == Costs.load(again / "costs.json")
+    weights = again / "float.safetensors"
+    code, said, error = limpq("indicators", recipe, "--weights", weights, "--out", "i.json")
+    assert code == 0, error
+    assert Indicators.load("i.json") == Indicators.load(again / "indicators.json")
+    code, said, error = limpq(
+        "search", "--indicators", "i.json", "--costs", "costs.json", "--weight-bits-level", 3,
+        "--activation-bits-level", 3, "--out", "policy.json",
+    )  # fmt: skip
+    assert code == 0, error
+    assert Policy.load("policy.json").layers == Policy.load(again / "policy.json").layers
+    code, said, error = limpq(
+        "finetune",
+        recipe,
+        "--policy",
+        "policy.json",
+        "--weights",
+        weights,
+        "--out",
+        "f.safetensors",
+    )
+    assert code == 0, error
+    assert (tmp_path / "f.safetensors").read_bytes() == (
+        again / "finetuned.safetensors"
+    ).read_bytes()
+    for arguments in (
+        ["--policy", "policy.json", "--weights", "f.safetensors"],
+        ["--weights", weights],
+    ):
+        code, said, error = limpq("evaluate", recipe, *arguments)
+        assert code == 0, error
+        assert "450 samples" in said
+
+
+@pytest.mark.skipif(not LIMPQ_INDICATORS.exists(), reason="LIMPQ's ResNet-50 indicators are absent")
+def test_the_readme_example_of_a_search(limpq):
+    code, _, error = limpq("indicators", "--from-limpq", LIMPQ_INDICATORS, "--out", "resnet50.json")
+    assert code == 0, error
+    code, said, error = limpq(
+        "search", "--indicators", "resnet50.json", "--model", "resnet50", "--input-size", 3, 224,
+        224, "--weight-bits-level", 3, "--activation-bits-level", 4, "--compression", 12.2,
+        "--alpha", 2, "--out", "policy.json",
+    )  # fmt: skip
+    assert code == 0, error
+    policy = Policy.load("policy.json")
+    assert len(policy.layers) == 52
+    assert policy.gap == 0
+    assert all(budget.kept for budget in policy.budgets)
+    assert "gap 0.0e+00" in said
+
+
+def test_info_tells_how_it_was_built(limpq):
+    code, said, _ = limpq("info")
+    assert code == 0
+    for word in ("limpq_ext", "torch", "build flags", "CPU capability", "CUDA architectures"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "indicators", "profile", "search", "finetune", "evaluate", "info"]
+)
+def test_help_of_every_command(limpq, command):
+    code, said, _ = limpq(command, "--help")
+    assert code == 0
+    assert "Usage: limpq" in said or "Usage:" in said
+    assert "--help" in said
+
+
+def small_files():
+    costs = {
+        "format": "limpq-costs",
+        "version": 1,
+        "layers": [{"name": "a", "kind": "conv2d", "macs": 10, "weights": 5, "activations": 7}],
+        "fixed": [],
+        "meta": {},
+        "fixed_bits": 8,
+    }
+    indicators = {
+        "format": "limpq-indicators",
+        "version": 1,
+        "bits": [2, 4],
+        "layers": [{"name": "a", "weight": {"2": 0.2, "4": 0.1}, "activation": {"2": 2, "4": 1}}],
+        "meta": {},
+    }
+    Path("costs.json").write_text(json.dumps(costs))
+    Path("indicators.json").write_text(json.dumps(indicators))
+    Path("truncated.json").write_text(json.dumps(indicators)[:40])
+    Path("version.json").write_text(json.dumps({**indicators, "version": 9}))
+    Path("field.json").write_text(json.dumps({**indicators, "bits": "two"}))
+    indicators["layers"][0]["weight"]["2"] = float("nan")
+    Path("nan.json").write_text(json.dumps(indicators))
+    indicators["layers"][0] = {**indicators["layers"][0], "name": "b", "weight": {"2": 2, "4": 1}}
+    Path("names.json").write_text(json.dumps(indicators))
+    Path("key.yaml").write_text("learning_rate: 3\n")
+    Path("model.yaml").write_text("model: {name: resnet19}\n")
+    Path("data.yaml").write_text("data: {name: imagenet}\n")
+    Path("out.json").write_text("kept")
+
+
+SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicators")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*SEARCH, "none.json"), "none.json"),
+        ((*SEARCH, "truncated.json"), "truncated.json: "),
+        ((*SEARCH, "version.json"), "version.json: version: is 9"),
+        ((*SEARCH, "field.json"), "field.json: bits: "),
+        ((*SEARCH, "nan.json"), "layer 'a': weight indicator at 2 bits is nan"),
+        ((*SEARCH, "names.json"), "'b'"),
+        ((*SEARCH, "indicators.json", "--bitops", -5), "bitops"),
+        ((*SEARCH, "indicators.json", "--size", 0), "size"),
+        ((*SEARCH, "indicators.json", "--bitops", 1), "bitops"),
+        ((*SEARCH, "indicators.json", "--weight-bits-level", 3), "--activation-bits-level go toge"),
+        ((*SEARCH, "indicators.json", "--alpha", "nan"), "alpha"),
+        ((*SEARCH, "indicators.json", "--non-monotone", "drop"), "drop"),
+        (
+            (*SEARCH, "indicators.json", "--weight-bits-level", 1, "--activation-bits-level", 3),
+            "1 bits is outside 2 to 16",
+        ),
+        (("search", "--indicators", "indicators.json"), "give --costs, --recipe or --model"),
+        (("search", "--indicators", "indicators.json", "--model", "resnet18"), "--input-size"),
+        ((*SEARCH, "indicators.json", "--out", "out.json"), "'out.json' exists; --force"),
+        (("profile", "--model", "resnet19", "--input-size", 3, 8, 8), "unknown model 'resnet19'"),
+        (("profile", "--model", "vit_b_16", "--input-size", 3, 224, 224), "MultiheadAttention"),
+        (("profile", "--model", "resnet18", "--input-size", 3, 0, 8), "--input-size is (3, 0, 8)"),
+        (("run", "none.yaml"), "recipe 'none.yaml' does not exist"),
+        (("run", "key.yaml"), "key.yaml: learning_rate: unknown key"),
+        (("run", "model.yaml"), "unknown model 'resnet19'"),
+        (("run", "data.yaml"), "unknown data set 'imagenet'"),
+        (("indicators", "--out", "i.json"), "--weights is missing"),
+        (("evaluate", "--weights", "none.safetensors"), "'none.safetensors' do not exist"),
+        (("finetune", "--policy", "costs.json", "--weights", "w.pt"), "costs.json: format: is"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(limpq, arguments, message):
+    small_files()
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    code, _, error = limpq(*arguments)
+    assert code == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_an_unknown_option_is_a_usage_error(limpq):
+    code, _, error = limpq("search", "--budget", 3)
+    assert code == 2
+    assert "--budget" in error

@@ -1,0 +1,202 @@
+import copy
+
+import pytest
+import torch
+from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
+from networks import Depthwise, NoNorm, PreActivation, Shared
+from torch import nn
+from torch.nn import functional as F
+
+from limpq_ext import JointTrainer, prepare, quantized_layers
+from limpq_ext.layers import SwitchableBatchNorm
+from limpq_ext.models import CifarResNet
+
+BITS = (2, 4, 6)
+NETWORKS = {
+    "resnet": lambda: CifarResNet(1, num_classes=5, width=4),
+    "depthwise": Depthwise,
+    "no_norm": NoNorm,
+    "shared": Shared,
+    "pre_activation": PreActivation,
+}
+
+
+def problem(network="depthwise", dtype=torch.float32, batch=4):
+    torch.manual_seed(0)
+    model = NETWORKS[network]().to(dtype)
+    x = torch.randn(batch, 3, 8, 8, dtype=dtype)
+    target = torch.randint(0, 5, (batch,))
+    return model, x, target
+
+
+def trainer_of(model, x, lr=0.01, **options):
+    prepared = prepare(model, BITS, example_input=x)
+    prepared = prepared.to(x.dtype)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=lr)
+    return JointTrainer(prepared, optimizer, F.cross_entropy, **options)
+
+
+def plain_loop(twin, draw, x, target, distill=False):
+    """The n + 1 passes of a joint step over the eager model; gradients add up in .grad."""
+    names = list(quantized_layers(twin))
+    branches = [dict.fromkeys(names, bits) for bits in sorted(BITS, reverse=True)]
+    teacher = None
+    for bits in [*branches, draw]:
+        eager_select(twin, bits)
+        scores = twin(x)
+        if teacher is None:
+            loss = F.cross_entropy(scores, target)
+            teacher = scores.detach().softmax(1) if distill else None
+        else:
+            loss = -(teacher * scores.log_softmax(1)).sum(1).mean()
+        loss.backward()
+
+
+def assert_close(name, ours, reference):
+    # A bias in front of a batch norm has the gradient 0, which rounding makes 1e-16.
+    scale = reference.abs().max().clamp(min=1e-6)
+    assert float((ours - reference).abs().max() / scale) < 1e-9, name
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("distill", [False, True])
+def test_gradients_and_statistics_equal_a_plain_loop_over_an_eager_model(network, distill):
+    model, x, target = problem(network, torch.float64)
+    trainer = trainer_of(model, x, lr=0.0, clip_value=1e9, distill=distill)
+    start_activations(trainer.model, x)
+    twin = eager_twin(trainer.model, model).train()
+    plain_loop(twin, trainer.draw(0), x, target, distill)
+    trainer.step(x, target)
+
+    ours = dict(trainer.model.named_modules())
+    compared = 0
+    for name, module in twin.named_modules():
+        if isinstance(module, EagerQuantizer):
+            reference = torch.stack([s.grad for s in module.scales])
+            assert_close(name, ours[name].scale.grad, reference)
+            compared += 1
+        elif isinstance(module, EagerNorms):
+            for key, value in ours[name].named_parameters():
+                rows = torch.stack([getattr(n, key).grad for n in module.norms])
+                assert_close(f"{name}.{key}", value.grad, rows)
+            for key, value in ours[name].named_buffers():
+                rows = torch.stack([getattr(n, key) for n in module.norms])
+                torch.testing.assert_close(value, rows, rtol=1e-12, atol=0)
+    inside = (EagerQuantizer, EagerNorms)
+    special = [name for name, module in twin.named_modules() if isinstance(module, inside)]
+    for name, value in twin.named_parameters():
+        if not any(name.startswith(prefix + ".") for prefix in special):
+            grad = trainer.model.get_parameter(name).grad
+            assert_close(name, grad, value.grad)
+            compared += 1
+    assert compared >= 2 * len(trainer.layers) + 4
+    for name, value in twin.named_buffers():
+        if not any(name.startswith(prefix + ".") for prefix in special):
+            torch.testing.assert_close(
+                trainer.model.get_buffer(name), value, rtol=1e-12, atol=0, msg=name
+            )
+
+
+def test_every_scale_gets_a_gradient_and_losses_are_named():
+    model, x, target = problem("resnet")
+    trainer = trainer_of(model, x)
+    result = trainer.step(x, target)
+    assert list(result.losses) == ["6", "4", "2", "random"]
+    assert all(loss.isfinite() and not loss.requires_grad for loss in result.losses.values())
+    for layer in trainer.layers.values():
+        assert layer.weight_quantizer.scale.grad.count_nonzero() == 3
+        assert layer.input_quantizer.scale.grad.count_nonzero() == 3
+
+
+def test_the_random_draw_depends_on_seed_and_step_alone():
+    model, x, target = problem("resnet")
+    first, second = trainer_of(model, x, seed=3), trainer_of(model, x, seed=3)
+    torch.manual_seed(99)
+    drawn = [first.step(x, target).draw for _ in range(4)]
+    assert drawn == [second.draw(step) for step in range(4)]
+    assert drawn[0] != drawn[1]
+    assert drawn != [trainer_of(model, x, seed=4).draw(step) for step in range(4)]
+    assert {bits for draw in drawn for bits in draw.values()} == set(BITS)
+
+
+def test_gradients_are_clipped_after_they_added_up():
+    model, x, target = problem()
+    free, clipped = (
+        trainer_of(model, x, lr=0.0, clip_value=1e9),
+        trainer_of(model, x, lr=0.0, clip_value=1e-3),
+    )
+    free.step(x, target)
+    clipped.step(x, target)
+    for ours, reference in zip(clipped.model.parameters(), free.model.parameters(), strict=True):
+        assert torch.equal(ours.grad, reference.grad.clamp(-1e-3, 1e-3))
+
+
+def test_a_parameter_without_a_gradient_is_not_touched():
+    model, x, target = problem()
+    model.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    prepared = prepare(model, BITS, example_input=x)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    JointTrainer(prepared, optimizer, F.cross_entropy).step(x, target)
+    assert torch.equal(prepared.idle, torch.ones(3))
+    assert prepared.idle.grad is None
+
+
+def test_two_runs_end_with_the_same_bits():
+    def run():
+        model, x, target = problem("resnet")
+        trainer = trainer_of(model, x)
+        for _ in range(3):
+            trainer.step(x, target)
+        return trainer.model.state_dict()
+
+    first, second = run(), run()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_indicators_are_the_scales_in_use():
+    model, x, target = problem("resnet")
+    trainer = trainer_of(model, x)
+    trainer.step(x, target)
+    indicators = trainer.indicators()
+    assert indicators.bits == (2, 4, 6)
+    assert [layer.name for layer in indicators.layers] == list(trainer.layers)
+    layer = trainer.layers["layer2.0.conv1"]
+    found = next(x for x in indicators.layers if x.name == "layer2.0.conv1")
+    assert list(found.weight.values()) == layer.weight_quantizer.scale.tolist()
+    assert list(found.activation.values()) == layer.input_quantizer.scale.tolist()
+
+
+def test_a_nan_indicator_is_an_error_that_names_its_layer():
+    model, x, target = problem("resnet")
+    trainer = trainer_of(model, x)
+    trainer.step(x, target)
+    with torch.no_grad():
+        trainer.layers["layer2.0.conv1"].weight_quantizer.scale[1] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"layer 'layer2.0.conv1': weight indicator at 4 bits is nan"
+    ):
+        trainer.indicators()
+
+
+def test_wrong_models_and_arguments_are_named():
+    model, x, _ = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="Depthwise has no quantized layers"):
+        JointTrainer(model, optimizer, F.cross_entropy)
+    prepared = prepare(model, BITS, example_input=x)
+    with pytest.raises(ValueError, match="clip_value is 0"):
+        JointTrainer(prepared, optimizer, F.cross_entropy, clip_value=0)
+    other = prepare(model, (3, 5), example_input=x)
+    mixed = copy.deepcopy(prepared)
+    mixed.expand = other.expand
+    with pytest.raises(ValueError, match="candidate bits differ"):
+        JointTrainer(mixed, optimizer, F.cross_entropy)
+
+
+def test_the_float_stem_keeps_one_batch_norm_with_every_pass_counted():
+    model, x, target = problem()
+    trainer = trainer_of(model, x)
+    trainer.step(x, target)
+    assert int(trainer.model.stem[1].num_batches_tracked) == len(BITS) + 1
+    norms = [m for m in trainer.model.modules() if isinstance(m, SwitchableBatchNorm)]
+    assert all(int(norm.num_batches_tracked.sum()) == len(BITS) + 1 for norm in norms)

@@ -1,0 +1,168 @@
+import copy
+
+import pytest
+import torch
+from networks import PaddedConv2d, StandardizedConv2d
+from torch import nn
+from torch.nn import functional as F
+
+from limpq_ext.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantizedLayer,
+    QuantLinear,
+    SwitchableBatchNorm,
+    quantize_layer,
+)
+
+LAYERS = [
+    (nn.Conv1d(4, 6, 3, stride=2, padding=1), (5, 4, 9), QuantConv1d, F.conv1d),
+    (nn.Conv2d(4, 6, 3, groups=2, dilation=2, bias=False), (5, 4, 9, 8), QuantConv2d, F.conv2d),
+    (nn.Conv3d(2, 3, 2, padding=1), (2, 2, 4, 4, 4), QuantConv3d, F.conv3d),
+]
+
+
+def started(module, shape, **options):
+    layer = quantize_layer(module, (2, 4), (3, 5), name="conv", **options).train()
+    layer.select(4, 3)
+    x = torch.randn(shape)
+    layer(x)
+    return layer, x
+
+
+@pytest.mark.parametrize(("module", "shape", "cls", "function"), LAYERS)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_convolution_runs_on_quantized_input_and_weight(
+    module, shape, cls, function, per_channel
+):
+    layer, x = started(module, shape, per_channel_weights=per_channel)
+    assert isinstance(layer, cls)
+    quantized = layer.weight_quantizer(module.weight)
+    expected = function(
+        layer.input_quantizer(x),
+        quantized,
+        module.bias,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+    )
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(expected, module(x))
+    assert len(quantized[0].unique()) <= 2**4
+    assert (layer.weight_bits, layer.activation_bits) == (4, 3)
+
+
+def test_a_linear_layer_runs_on_quantized_input_and_weight():
+    module = nn.Linear(6, 4)
+    layer, x = started(module, (5, 6))
+    assert isinstance(layer, QuantLinear)
+    expected = F.linear(
+        layer.input_quantizer(x), layer.weight_quantizer(module.weight), module.bias
+    )
+    assert torch.equal(layer(x), expected)
+
+
+def test_padding_modes_are_kept():
+    module = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    layer, x = started(module, (2, 3, 5, 5))
+    twin = copy.deepcopy(module)
+    twin.weight = nn.Parameter(layer.weight_quantizer(module.weight).detach())
+    assert torch.equal(layer(x), twin(layer.input_quantizer(x)))
+
+
+def test_parameters_are_shared_with_the_float_layer_and_the_class_is_kept():
+    module = nn.Conv2d(3, 4, 3)
+    layer = quantize_layer(module, (4,), (4,))
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.weight is module.weight
+    assert layer.bias is module.bias
+    assert list(module.state_dict()) == ["weight", "bias"]
+
+
+def test_a_subclass_runs_its_own_forward_with_the_quantized_weight():
+    module = PaddedConv2d(3, 4, 3)
+    layer, x = started(module, (2, 3, 5, 5))
+    assert isinstance(layer, PaddedConv2d)
+    assert isinstance(layer, QuantizedLayer)
+    quantized = layer.weight_quantizer(module.weight)
+    expected = F.conv2d(F.pad(layer.input_quantizer(x), (1, 1, 1, 1)), quantized, module.bias)
+    out = layer(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert module.weight.grad is not None
+    assert layer.weight is module.weight
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_an_ordinary_convolution():
+    class Named(nn.Conv2d):
+        pass
+
+    layer = quantize_layer(Named(3, 4, 3), (4,), (4,))
+    assert isinstance(layer, Named)
+    assert isinstance(layer, QuantConv2d)
+
+
+def test_other_modules_are_an_error_that_names_the_layer():
+    with pytest.raises(
+        TypeError, match=r"layer 'up' is a ConvTranspose2d; quantized are nn\.Conv1d"
+    ):
+        quantize_layer(nn.ConvTranspose2d(3, 3, 3), (4,), (4,), name="up")
+
+
+def test_copies_and_state_dicts_work():
+    layer, x = started(StandardizedConv2d(3, 4, 3), (2, 3, 5, 5))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    fresh = quantize_layer(StandardizedConv2d(3, 4, 3), (2, 4), (3, 5)).train()
+    fresh.load_state_dict(layer.state_dict())
+    fresh.select(4, 3)
+    assert torch.equal(fresh(x), layer(x))
+
+
+NORMS = [
+    (nn.BatchNorm1d(4), (8, 4)),
+    (nn.BatchNorm2d(4), (8, 4, 3, 3)),
+    (nn.BatchNorm2d(4, momentum=None), (8, 4, 3, 3)),
+    (nn.BatchNorm2d(4, affine=False), (8, 4, 3, 3)),
+    (nn.BatchNorm2d(4, track_running_stats=False), (8, 4, 3, 3)),
+    (nn.BatchNorm3d(4), (8, 4, 3, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), NORMS)
+def test_each_bit_width_has_a_batch_norm_of_its_own(module, shape):
+    switchable = SwitchableBatchNorm.from_float(copy.deepcopy(module), (2, 4, 8), "conv")
+    separate = {bits: copy.deepcopy(module) for bits in (2, 4, 8)}
+    assert isinstance(switchable, type(module))
+    for step, bits in enumerate((4, 2, 4, 8, 4)):
+        x = torch.randn(shape) + step
+        switchable.select(bits)
+        assert torch.equal(switchable(x), separate[bits](x))
+    switchable.eval()
+    for row, bits in enumerate((2, 4, 8)):
+        switchable.select(bits)
+        x = torch.randn(shape)
+        assert torch.equal(switchable(x), separate[bits].eval()(x))
+        for name, value in separate[bits].state_dict().items():
+            assert torch.equal(switchable.state_dict()[name][row], value)
+
+
+def test_a_float_batch_norm_loads_into_every_row():
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.weight.data.normal_()
+    switchable = SwitchableBatchNorm.from_float(nn.BatchNorm2d(4), (2, 4), "conv")
+    state = norm.state_dict()
+    switchable.load_state_dict(state)
+    assert state["weight"].shape == (4,)
+    for row in range(2):
+        assert torch.equal(switchable.weight[row], norm.weight)
+        assert torch.equal(switchable.running_mean[row], norm.running_mean)
+
+
+def test_a_row_that_does_not_exist_cannot_be_selected():
+    switchable = SwitchableBatchNorm.from_float(nn.BatchNorm2d(4), (2, 4), "layer1.conv")
+    with pytest.raises(ValueError, match=r"fed by 'layer1\.conv' has no row for 3 bits"):
+        switchable.select(3)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import nn
+
+from limpq_ext.data import load_data, make_loader
+from limpq_ext.files import FileFormatError
+from limpq_ext.models import CifarResNet, create_model, load_weights, save_weights
+
+
+def test_the_small_resnet_has_the_depth_it_says():
+    model = CifarResNet(2, in_channels=1)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 1 + 14
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_torchvision_models_come_by_name():
+    assert create_model("mobilenet_v2", num_classes=7).classifier[1].out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, "unknown model 'resnet19': expected 'cifar_resnet' or a torchvision"),
+        ("cifar_resnet", {"depth": 3}, "model 'cifar_resnet': .*'depth'"),
+        ("cifar_resnet", {"blocks": 0}, "blocks is 0"),
+        ("fasterrcnn_resnet50_fpn", {}, "unknown model"),
+    ],
+)
+def test_wrong_models_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name, **options)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "wrapped.pt"])
+def test_weights_survive_a_file(tmp_path, name):
+    model, path = CifarResNet(1), tmp_path / name
+    if name == "weights.safetensors":
+        save_weights(model, path)
+    elif name == "weights.pt":
+        torch.save(model.state_dict(), path)
+    else:
+        state = {f"module.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    other = CifarResNet(1)
+    load_weights(other, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+
+
+class Foreign:
+    pass
+
+
+def test_unreadable_weights_are_errors_that_name_the_file(tmp_path):
+    model = CifarResNet(1)
+    with pytest.raises(FileNotFoundError, match=r"weights '.*none\.pt' do not exist"):
+        load_weights(model, tmp_path / "none.pt")
+    for name in ("broken.safetensors", "broken.pt"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(FileFormatError, match=name + ": not a"):
+            load_weights(model, tmp_path / name)
+    save_weights(model, tmp_path / "cut.safetensors")
+    whole = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileFormatError, match=r"cut\.safetensors: not a safetensors file"):
+        load_weights(model, tmp_path / "cut.safetensors")
+    torch.save(Foreign(), tmp_path / "foreign.pt")
+    with pytest.raises(FileFormatError, match=r"foreign\.pt: not a readable checkpoint"):
+        load_weights(model, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(FileFormatError, match="holds no state_dict"):
+        load_weights(model, tmp_path / "list.pt")
+
+
+def test_weights_of_another_network_are_an_error(tmp_path):
+    save_weights(CifarResNet(1), tmp_path / "small.safetensors")
+    with pytest.raises(FileFormatError, match="lacks 'layer1.1.conv1.weight'"):
+        load_weights(CifarResNet(2), tmp_path / "small.safetensors")
+    with pytest.raises(FileFormatError, match="size mismatch for fc"):
+        load_weights(CifarResNet(1, num_classes=3), tmp_path / "small.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_weights(nn.Linear(2, 2), path)
+    before = path.read_bytes()
+
+    def fail(tensors):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(nn.Linear(2, 2), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digits_are_split_the_same_way_every_time():
+    first, second = load_data("digits"), load_data("digits")
+    assert (len(first.train), len(first.test)) == (1347, 450)
+    assert first.image_shape == (1, 8, 8)
+    assert torch.equal(first.test.tensors[0], second.test.tensors[0])
+    assert first.train.tensors[0].mean().abs() < 1e-5
+    counts = first.test.tensors[1].bincount()
+    assert counts.min() >= 43
+    train = {image.numpy().tobytes() for image in first.train.tensors[0]}
+    assert sum(image.numpy().tobytes() in train for image in first.test.tensors[0]) == 0
+
+
+def test_loaders_shuffle_by_seed_and_leave_out_a_last_batch_that_is_not_full():
+    data = load_data("digits")
+    order = [
+        torch.cat([t for _, t in make_loader(data.train, batch_size=64, train=True, seed=seed)])
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(order[0], order[1])
+    assert not torch.equal(order[0], order[2])
+    assert len(order[0]) == 21 * 64
+    whole = list(make_loader(data.test, batch_size=64, train=False))
+    assert sum(len(target) for _, target in whole) == 450
+
+
+def test_wrong_data_is_named():
+    with pytest.raises(ValueError, match="unknown data set 'imagenet'"):
+        load_data("imagenet")
+    empty = torch.utils.data.TensorDataset(torch.zeros(0, 1), torch.zeros(0))
+    with pytest.raises(ValueError, match="the data set is empty"):
+        make_loader(empty, batch_size=4, train=True)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        make_loader(load_data("digits").test, batch_size=0, train=False)

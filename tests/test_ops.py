@@ -1,0 +1,437 @@
+"""The operators against the plain PyTorch chain, bit for bit."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_multi
+from limpq_ext.ops import lsq_grad_factor, thresholds
+
+CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+)
+DEVICES = ["cpu", CUDA]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SIZES = [(0,), (), (1,), (3,), (31,), (1023,), (4099,), (100_003,), (2, 3, 5, 7)]
+INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_same_bits(ours, reference):
+    assert ours.dtype == reference.dtype
+    assert ours.shape == reference.shape
+    both_nan = ours.isnan() & reference.isnan()
+    kind = INTEGERS[ours.dtype]
+    same = ours.contiguous().view(kind) == reference.contiguous().view(kind)
+    assert bool((same | both_nan).all())
+
+
+def along(scale, axis, x):
+    """The scales as a tensor that broadcasts against x."""
+    if axis is None:
+        return scale
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def chain(x, scale, quant_min, quant_max, axis=None):
+    """The plain chain in the compute type: v, q and y."""
+    scale = along(scale, axis, x)
+    v = x.to(scale.dtype) / scale
+    q = v.clamp(quant_min, quant_max).round()
+    return v, q, (q * scale).to(x.dtype)
+
+
+def check(x, scale, quant_min, quant_max, axis=None, grad_factor=1.0):
+    """Forward, dx and dscale of the operator against the chain and its formulas."""
+    x = x.detach().requires_grad_()
+    scale = scale.detach().requires_grad_()
+    y = lsq_fake_quantize(
+        x, scale, quant_min, quant_max, channel_axis=axis, grad_factor=grad_factor
+    )
+    grad = torch.randn(x.shape, dtype=torch.float64).to(x)
+    dx, dscale = torch.autograd.grad(y, (x, scale), grad)
+    with torch.no_grad():
+        v, q, expected = chain(x, scale, quant_min, quant_max, axis)
+        assert_same_bits(y.detach(), expected)
+        inside = (v >= quant_min) & (v <= quant_max)
+        assert_same_bits(dx, torch.where(inside, grad, torch.zeros_like(grad)))
+        terms = grad.double() * torch.where(inside, q.double() - v.double(), q.double())
+        if axis is None:
+            total, size = terms.sum(), terms.abs().sum()
+        else:
+            rest = [d for d in range(x.dim()) if d != axis % x.dim()]
+            total = terms.sum(rest) if rest else terms
+            size = terms.abs().sum(rest) if rest else terms.abs()
+        error = (dscale.double().reshape(total.shape) - grad_factor * total).abs()
+        assert bool((error <= 1e-5 * grad_factor * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, False), (4, True), (8, False)])
+def test_per_tensor_equals_the_chain(device, dtype, shape, bits, signed):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    scale = torch.tensor(0.11, dtype=compute_dtype(dtype), device=device)
+    check(x, scale, *thresholds(bits, signed=signed))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((8, 5, 3, 3), 0),
+        ((8, 5, 3, 3), 1),
+        ((4, 6), -1),
+        ((7, 1), 1),
+        ((1, 9), 0),
+        ((3, 20_001), 0),
+        ((1, 300, 2, 70), 1),
+        ((0, 4), 1),
+        ((700, 33), 1),
+    ],
+)
+def test_per_channel_equals_the_chain(device, dtype, shape, axis):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    check_per_channel(x, axis)
+    if x.dim() == 4:
+        check_per_channel(x.to(memory_format=torch.channels_last), axis)
+
+
+def check_per_channel(x, axis):
+    scale = (torch.rand(x.shape[axis], dtype=compute_dtype(x.dtype)) * 0.3 + 0.02).to(x.device)
+    check(x, scale, -4, 3, axis)
+    y = lsq_fake_quantize(x, scale, -4, 3, channel_axis=axis)
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signed", [True, False])
+def test_special_values_equal_the_chain(device, dtype, signed):
+    tiny = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny, tiny / 4, -tiny / 4, 1e4, -1e4]
+    ties = [step * 0.25 for step in range(-40, 41)]
+    x = torch.tensor(values + ties, dtype=torch.float64).to(dtype).to(device)
+    for step in (0.5, 0.25, 0.1, 1e-5, 1e3):
+        scale = torch.tensor(step, dtype=compute_dtype(dtype), device=device)
+        quant_min, quant_max = thresholds(4, signed=signed)
+        y = lsq_fake_quantize(x, scale, quant_min, quant_max)
+        assert_same_bits(y, chain(x, scale, quant_min, quant_max)[2])
+        finite = x[x.isfinite()]
+        check(finite, scale, quant_min, quant_max)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_every_bit_width_equals_the_chain(bits):
+    x = torch.randn(5000) * 2**bits / 4
+    for signed in (True, False):
+        check(x, torch.tensor(0.9), *thresholds(bits, signed=signed))
+
+
+def test_all_half_precision_numbers_equal_the_chain():
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        for step in (1.0, 0.037, 3e-5, 812.0):
+            scale = torch.tensor(step)
+            assert_same_bits(lsq_fake_quantize(x, scale, -128, 127), chain(x, scale, -128, 127)[2])
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    per_channel=st.booleans(),
+    axis=st.integers(0, 3),
+    order=st.randoms(use_true_random=False),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_shape_and_order_of_axes_equals_the_chain(shape, per_channel, axis, order, dtype):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    x = x.permute(axes)
+    if per_channel:
+        axis = axis % x.dim()
+        scale = torch.rand(x.shape[axis], dtype=compute_dtype(dtype)) + 0.01
+        check(x, scale, -8, 7, axis)
+    else:
+        check(x, torch.tensor(0.2, dtype=compute_dtype(dtype)), -8, 7)
+
+
+def test_memory_with_gaps_works_and_keeps_its_values():
+    base = torch.randn(6, 10, 8)
+    for x in (base[:, ::2], base[1:, 3:, 1:], base[:, :1].expand(6, 4, 8), base.transpose(0, 2)):
+        check(x, torch.tensor(0.2), -8, 7)
+        check(x, torch.rand(x.shape[1]) + 0.1, -8, 7, 1)
+
+
+@pytest.mark.parametrize("channel_axis", [None, 1])
+def test_many_bit_widths_equal_single_calls(channel_axis):
+    x = torch.randn(6, 5, 40).requires_grad_()
+    bits = (2, 3, 4, 5, 6)
+    ranges = [thresholds(b, signed=True) for b in bits]
+    mins, maxs = zip(*ranges, strict=True)
+    shape = (5,) if channel_axis is None else (5, 5)
+    scales = (torch.rand(shape) + 0.05).requires_grad_()
+    grads = torch.randn(5, *x.shape)
+    ys = lsq_fake_quantize_multi(x, scales, mins, maxs, channel_axis=channel_axis)
+    dx, dscales = torch.autograd.grad(ys, (x, scales), grads)
+    total = torch.zeros_like(x)
+    for k, (low, high) in enumerate(ranges):
+        scale = scales[k].detach().requires_grad_()
+        y = lsq_fake_quantize(x, scale, low, high, channel_axis=channel_axis)
+        assert_same_bits(ys[k].detach(), y.detach())
+        one_dx, one_dscale = torch.autograd.grad(y, (x, scale), grads[k])
+        total += one_dx
+        assert torch.equal(dscales[k], one_dscale)
+    assert torch.equal(dx, total)
+
+
+def test_absent_gradients_are_skipped():
+    x, scales = torch.randn(1000), torch.tensor([0.3, 0.2, 0.1])
+    grad = torch.randn(1000)
+    how = ([0, 1, 2], [-2, -4, -8], [1, 3, 7], None, [1.0, 1.0, 1.0], 1e-5, math.inf)
+    backward = torch.ops.limpq.fake_quantize_multi_backward
+    dx, dscale = backward([None, grad, None], x, scales, *how)
+    zeros = torch.zeros(1000)
+    expected_dx, expected_dscale = backward([zeros, grad, zeros], x, scales, *how)
+    assert torch.equal(dx, expected_dx)
+    assert torch.equal(dscale, expected_dscale)
+    assert dscale[0] == dscale[2] == 0
+    dx, dscale = backward([None, None, None], x, scales, *how)
+    assert not dx.any()
+    assert not dscale.any()
+
+
+@pytest.mark.parametrize(
+    ("scale", "used", "free"),
+    [(1e-7, 1e-5, False), (-3.0, 1e-5, False), (5.0, 2.0, False), (1.5, 1.5, True)],
+)
+def test_the_guard_replaces_the_scale_and_stops_its_gradient(scale, used, free):
+    x = torch.randn(100).requires_grad_()
+    s = torch.tensor(scale, requires_grad=True)
+    y = lsq_fake_quantize(x, s, -8, 7, scale_max=2.0)
+    assert torch.equal(y, lsq_fake_quantize(x, torch.tensor(used), -8, 7))
+    y.sum().backward()
+    assert bool(s.grad != 0) is free
+
+
+def test_the_default_gradient_factor_is_that_of_lsq():
+    x, scale = torch.randn(6, 50), torch.tensor(0.3, requires_grad=True)
+    (lsq,) = torch.autograd.grad(lsq_fake_quantize(x, scale, -8, 7).sum(), scale)
+    (plain,) = torch.autograd.grad(lsq_fake_quantize(x, scale, -8, 7, grad_factor=1.0).sum(), scale)
+    assert float(lsq) == pytest.approx(float(plain) / math.sqrt(300 * 7), rel=1e-6)
+    assert lsq_grad_factor(x, 7, 0) == pytest.approx(1 / math.sqrt(50 * 7))
+
+
+def digest():
+    torch.manual_seed(0)
+    answer = hashlib.sha256()
+    for dtype in DTYPES:
+        x = (torch.randn(3, 70_001) * 3).to(dtype)
+        grad = torch.randn(3, 70_001).to(dtype)
+        for axis, scale in (
+            (None, torch.tensor(0.1)),
+            (0, torch.rand(3) + 0.1),
+            (1, torch.rand(70_001) + 0.1),
+        ):
+            s = scale.to(compute_dtype(dtype)).requires_grad_()
+            leaf = x.clone().requires_grad_()
+            y = lsq_fake_quantize(leaf, s, -8, 7, channel_axis=axis)
+            y.backward(grad)
+            for value in (y.detach(), leaf.grad, s.grad):
+                answer.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return answer.hexdigest()
+
+
+def test_the_result_does_not_depend_on_the_threads():
+    threads = torch.get_num_threads()
+    digests = set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            digests.add(digest())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_the_result_does_not_depend_on_the_instruction_set(capability):
+    code = (
+        "import test_ops; from limpq_ext import _C; print(_C.cpu_capability(), test_ops.digest())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LIMPQ_CPU_CAPABILITY": capability},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    if told[0] != capability:
+        pytest.skip(f"this processor has no {capability}")
+    assert told[1] == digest()
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = "import limpq_ext; print(limpq_ext._C.cpu_capability())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LIMPQ_CPU_CAPABILITY": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode != 0
+    assert "LIMPQ_CPU_CAPABILITY is 'mmx'" in told.stderr
+
+
+def operator_samples():
+    x, scale = torch.randn(4, 6), torch.tensor([0.2, 0.3])
+    per_channel = torch.rand(2, 6) + 0.1
+    one = (1, -4, 3, None, 0.5, 1e-5, math.inf)
+    many = ([1, 0], [-4, -8], [3, 7], None, [0.5, 0.25], 1e-5, math.inf)
+    ops = torch.ops.limpq
+    for wants in (False, True):
+        leaf, s = x.clone().requires_grad_(wants), scale.clone().requires_grad_(wants)
+        c = per_channel.clone().requires_grad_(wants)
+        last = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_(wants)
+        yield ops.fake_quantize, (leaf, s, *one)
+        yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
+        yield ops.fake_quantize_multi, (leaf, s, *many)
+        yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
+    yield ops.fake_quantize_backward, (torch.randn(4, 6), x, scale, *one)
+    yield ops.fake_quantize_multi_backward, ([torch.randn(4, 6), None], x, scale, *many)
+
+
+@pytest.mark.parametrize("sample", range(10))
+def test_opcheck(sample):
+    operator, arguments = list(operator_samples())[sample]
+    torch.library.opcheck(operator.default, arguments)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.scales = torch.nn.Parameter(torch.tensor([0.1, 0.2]))
+
+    def forward(self, x):
+        weight = lsq_fake_quantize(self.weight, self.scales[0], -8, 7)
+        x = lsq_fake_quantize(x, self.scales[1], 0, 15)
+        return torch.nn.functional.conv2d(x, weight).relu()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(backend):
+    block, x = Block(), torch.rand(2, 4, 8, 8)
+    expected = block(x)
+    expected.sum().backward()
+    grads = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    for ours, reference in zip([p.grad for p in block.parameters()], grads, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_works_under_autocast():
+    block, x = Block(), torch.rand(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+def test_only_the_input_is_saved_for_backward():
+    saved = []
+    x = torch.randn(1000, requires_grad=True)
+    scale = torch.tensor(0.1, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lsq_fake_quantize(x, scale, -8, 7)
+    assert sum(t.numel() * t.element_size() for t in saved) == 4 * 1000 + 4
+
+
+def test_a_scale_of_another_dtype_is_converted_and_its_gradient_back():
+    x = torch.randn(100, dtype=torch.float64)
+    scale = torch.tensor(0.25, dtype=torch.bfloat16, requires_grad=True)
+    y = lsq_fake_quantize(x, scale, -8, 7)
+    assert torch.equal(y, lsq_fake_quantize(x, scale.detach().double(), -8, 7))
+    y.sum().backward()
+    assert scale.grad.dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(10, requires_grad=True)
+    scale = torch.tensor(0.3, requires_grad=True)
+    for y in (
+        lsq_fake_quantize(x, scale, -8, 7),
+        lsq_fake_quantize_multi(x, scale.reshape(1), [-8], [7]),
+    ):
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="fake_quantize has no second derivative"):
+            dx.sum().backward()
+
+
+def test_vmap_is_refused():
+    scale = torch.tensor(0.3)
+    with pytest.raises(RuntimeError, match=r"fake_quantize does not support torch\.vmap"):
+        torch.vmap(lambda row: lsq_fake_quantize(row, scale, -8, 7))(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "options", "error", "message"),
+    [
+        (torch.ones(3, dtype=torch.int32), 0.1, {}, TypeError, "x has dtype Int"),
+        (torch.ones(3), torch.tensor(1), {}, TypeError, "scale has dtype Long"),
+        (torch.ones(3), [0.1, 0.2], {"channel_axis": 0}, ValueError, r"shape \[2\] for 3 channels"),
+        (torch.ones(3), [[0.1]], {}, ValueError, "pass channel_axis to quantize per channel"),
+        (torch.ones(3), [0.1], {"channel_axis": 4}, IndexError, "channel_axis is 4, but x has 1"),
+        (torch.ones(3), 0.1, {"quant_min": 1}, ValueError, "thresholds are 1 and 7"),
+        (torch.ones(3), 0.1, {"quant_max": 0}, ValueError, "thresholds are -8 and 0"),
+        (torch.ones(3), 0.1, {"quant_max": 2**23}, ValueError, "beyond the largest magnitude"),
+        (torch.ones(3), 0.1, {"scale_min": 0.0}, ValueError, "scale_min is 0"),
+        (torch.ones(3), 0.1, {"scale_max": 1e-6}, ValueError, "below scale_min"),
+    ],
+)
+def test_wrong_arguments_are_named(x, scale, options, error, message):
+    scale = scale if isinstance(scale, torch.Tensor) else torch.tensor(scale)
+    arguments = {"quant_min": -8, "quant_max": 7, **options}
+    with pytest.raises(error, match=message):
+        lsq_fake_quantize(x, scale, **arguments)
+
+
+def test_wrong_numbers_of_bit_widths_are_named():
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="quant_maxs has 1 entries for 2 bit-widths"):
+        lsq_fake_quantize_multi(x, torch.ones(2), [-2, -4], [1], grad_factors=[1.0, 1.0])
+    with pytest.raises(ValueError, match="0 bit-widths in one call, expected 1 to 15"):
+        lsq_fake_quantize_multi(x, torch.ones(2), [], [])
+    with pytest.raises(IndexError, match="scale row 1 does not exist, scale has 1 rows"):
+        lsq_fake_quantize_multi(x, torch.ones(1), [-2, -4], [1, 3])

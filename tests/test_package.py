@@ -1,0 +1,87 @@
+"""Importing, building and the list of what is public."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import limpq_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
+
+
+def test_the_import_needs_torch_and_numpy_alone():
+    lazy = ["highspy", "pydantic", "matplotlib", "safetensors", "sklearn", "torchvision", "typer", "rich", "yaml"]
+    block = "".join(f"sys.modules['{name}'] = None\n" for name in lazy)
+    told = python(f"import sys\n{block}import limpq_ext\nprint(len(limpq_ext.__all__))")
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) == len(limpq_ext.__all__)
+
+
+def test_what_is_missing_is_said_with_the_extra_that_brings_it():
+    code = (
+        "import sys; sys.modules['highspy'] = None\n"
+        "import limpq_ext as lq\n"
+        "from limpq_ext.costs import LayerCost; from limpq_ext.indicators import LayerIndicators\n"
+        "i = lq.Indicators((2,), (LayerIndicators('a', {2: 1.0}, {2: 1.0}),))\n"
+        "lq.search(i, lq.Costs((LayerCost('a', 'linear', 1, 1, 1),), ()))\n"
+    )
+    told = python(code)
+    assert "highspy: pip install 'limpq_ext[search]'" in told.stderr
+
+
+def test_another_torch_is_an_import_error_that_names_both():
+    told = python("import torch; torch.__version__ = '2.99.0'; import limpq_ext")
+    assert told.returncode != 0
+    last = told.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: limpq_ext was built for torch ")
+    assert limpq_ext._build.TORCH_VERSION in last
+    assert "torch 2.99.0 is installed" in last
+
+
+def test_a_build_without_torch_ends_with_one_sentence(tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r}]\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    )
+    told = python("__file__ = 'setup.py'\n" + code)
+    assert told.returncode != 0
+    last = told.stderr.strip().splitlines()[-1]
+    assert "torch is not installed where this build runs" in last
+    assert "--no-build-isolation" in last
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"), [("2", "LIMPQ_CUDA is '2', expected 0 or 1"), ("1", "LIMPQ_CUDA=1, but")]
+)
+def test_cuda_that_cannot_be_built_is_an_error_that_says_what_is_missing(wish, message):
+    code = (
+        "__file__ = 'setup.py'\nimport sys, torch\ntorch.version.cuda = '1.0'\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    )
+    told = python(code, LIMPQ_CUDA=wish)
+    assert told.returncode != 0
+    assert message in told.stderr
+
+
+def test_everything_public_is_there_and_documented():
+    for name in limpq_ext.__all__:
+        assert getattr(limpq_ext, name).__doc__, name
+    assert callable(limpq_ext.search)
+    assert callable(limpq_ext.prepare)
+    assert callable(limpq_ext.finetune)
