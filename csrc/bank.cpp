@@ -32,6 +32,8 @@ class WeightBank : public torch::CustomClassHolder {
                               channel_axis, scale_min,  scale_max};
     check_arguments(weight, scale, how);
     check_bit_widths(how);
+    TORCH_CHECK_VALUE(can_run_on(weight.device()), "weight bank: ", name, " is on ",
+                      weight.device(), ", for which this build of limpq_ext has no kernels");
     TORCH_CHECK_VALUE(weight.is_non_overlapping_and_dense(), "weight bank: ", name,
                       ": the weight's memory has gaps or overlaps, strides ", weight.strides());
     TORCH_CHECK_VALUE(layers_.empty() || layers_[0].weight.device() == weight.device(),

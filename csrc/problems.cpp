@@ -209,6 +209,13 @@ Tensor counters_for(const Tensor& x, int64_t bytes) {
 
 }  // namespace
 
+bool can_run_on(at::Device device) {
+#if defined(LIMPQ_WITH_CUDA)
+  if (device.is_cuda()) return true;
+#endif
+  return device.is_cpu();
+}
+
 void run_forward(const ForwardProblem* problems, int64_t count, const Tensor& x) {
 #if defined(LIMPQ_WITH_CUDA)
   if (x.is_cuda()) {

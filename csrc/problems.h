@@ -46,6 +46,9 @@ at::Tensor compute_scale_of(const at::Tensor& scale, const at::Tensor& x);
 void describe(Problem& problem, const at::Tensor& x, const at::Tensor& scale,
               const Quantization& how);
 
+/// Whether this build has kernels for the device. The dispatcher knows that for operators.
+bool can_run_on(at::Device device);
+
 /// Runs a list of problems, all on the device of `x`.
 void run_forward(const ForwardProblem* problems, int64_t count, const at::Tensor& x);
 /// The same; sets the workspaces.

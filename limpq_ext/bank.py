@@ -2,7 +2,7 @@
 
 A joint step runs each layer at each candidate bit-width and once more at a random one, and the
 weights change only at its end. So all quantized weights are made once per step, forward and
-backward in one parallel region each (on CUDA: one launch each), instead of once per layer and pass.
+backward in one call each, instead of once per layer and pass.
 """
 
 from __future__ import annotations
@@ -193,9 +193,10 @@ class WeightBank:
 
 
 def _leaf_like(weight: Tensor, memory: Tensor) -> Tensor:
-    """A leaf laid out as ``weight`` is, on bytes that are at least as many."""
+    """A leaf laid out as ``weight`` is, without gaps, on bytes that are at least as many."""
     values = memory[: weight.nbytes].view(weight.dtype)
-    return values.as_strided(weight.shape, weight.stride()).detach().requires_grad_()
+    strides = torch.empty_like(weight, device="meta").stride()
+    return values.as_strided(weight.shape, strides).detach().requires_grad_()
 
 
 def _accumulate(parameter: Tensor, grad: Tensor | None) -> None:
