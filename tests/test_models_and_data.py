@@ -75,7 +75,7 @@ def test_unreadable_weights_are_errors_that_name_the_file(tmp_path):
 
 def test_weights_of_another_network_are_an_error(tmp_path):
     save_weights(CifarResNet(1), tmp_path / "small.safetensors")
-    with pytest.raises(FileFormatError, match="lacks 'layer1.1.conv1.weight'"):
+    with pytest.raises(FileFormatError, match=r"lacks 'layer1\.1\.conv1\.weight'"):
         load_weights(CifarResNet(2), tmp_path / "small.safetensors")
     with pytest.raises(FileFormatError, match="size mismatch for fc"):
         load_weights(CifarResNet(1, num_classes=3), tmp_path / "small.safetensors")

@@ -168,6 +168,12 @@ struct ScaleGradient {
 constexpr int backward_rows_block = 256;
 constexpr int backward_columns_block = 128;
 
+/// Blocks of backward_rows that a multiprocessor's registers are to hold: as many as need no spills
+/// on any architecture.
+template <typename T, bool single>
+constexpr int backward_rows_residents =
+    single ? (sizeof(T) == 4 ? 4 : 3) : (sizeof(T) == 8 ? 2 : 3);
+
 template <typename T>
 struct BackwardRows {
   Quantizers<ComputeType<T>> quantizers;
@@ -204,7 +210,7 @@ __device__ __forceinline__ C backward_pack(const C (&grad)[V], const C (&quotien
 ///
 /// Each team of threads takes one channel, and of it either one piece of one row or several rows.
 template <typename T, bool single>
-__global__ void __launch_bounds__(backward_rows_block, single ? 4 : 3)
+__global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single>)
     backward_rows(const __grid_constant__ BackwardRows<T> p) {
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;

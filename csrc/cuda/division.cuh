@@ -40,9 +40,11 @@ LIMPQ_INLINE bool is_tame(float x) {
 /// with the right sign, or NaN, elsewhere. For tame x and 2^-24 <= scale <= 2^24.
 LIMPQ_INLINE float corrected_quotient(float x, float scale, float reciprocal) {
   const float approximate = x * reciprocal;
-  // approximate * scale - x, not x - approximate * scale: so an exact quotient -0.0 stays -0.0.
+  // The signs as they stand keep an exact quotient -0.0: approximate * scale - x is then +0.0, and
+  // that times -reciprocal is -0.0. It is the reciprocal that is negated, since GCC 12 turns the
+  // negative of a fused multiply-add into one with the other sign of zero.
   const float excess = fused_multiply_add(approximate, scale, -x);
-  const float corrected = fused_multiply_add(-excess, reciprocal, approximate);
+  const float corrected = fused_multiply_add(excess, -reciprocal, approximate);
   // Far outside the correction may overflow to a NaN, and is not needed.
   return __builtin_fabsf(approximate) < 1048576.0f ? corrected : approximate;
 }

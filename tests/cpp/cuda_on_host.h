@@ -115,6 +115,9 @@ inline void __threadfence() {}
 inline double __ldcg(const double* address) {
   return *address;
 }
+inline void __stwb(uint4* address, uint4 value) {
+  *address = value;
+}
 
 namespace cuda_on_host {
 

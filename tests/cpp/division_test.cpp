@@ -91,6 +91,19 @@ TEST_F(Division, StridedOverAllFloats) {
   }
 }
 
+TEST_F(Division, ZerosInfinitiesAndTheLimitsOfAllRanges) {
+  const uint32_t edges[] = {0x00000000u, 0x00800000u, 0x7f800000u, 0x7fc00000u,
+                            0x0d800000u, 0x3f800000u, 0x7f7fffffu, 0x7fffffffu};
+  for (const float scale : scales()) {
+    for (const uint32_t edge : edges) {
+      for (const uint32_t sign : {0u, 0x80000000u}) {
+        EXPECT_EQ(count_differences(scale, (sign | edge) - 100, 1, 201), 0u)
+            << "scale " << scale << ", x near " << as_float(sign | edge);
+      }
+    }
+  }
+}
+
 TEST_F(Division, StridedSignificandsOfTheScale) {
   for (const float scale : significands(150)) {
     EXPECT_EQ(count_differences(scale, 0x3f800000u, 1, 1u << 23), 0u) << scale;

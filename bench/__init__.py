@@ -1,0 +1,1 @@
+"""Benchmarks: the kernels against their peers, the joint step against float steps."""

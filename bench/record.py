@@ -1,0 +1,69 @@
+"""Runs the benchmarks and writes bench/results/<machine kind>.json and .md.
+
+python -m bench.record [--device cuda] [--quick] [--out FOLDER] [--only TEXT] [--no-joint-step]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import joint_step, report, timing
+from .cases import Case, all_cases
+from .timing import Turns, compare_samples
+
+SECONDS_PER_CASE = {False: 4.0, True: 1.0}
+"""Time for the rounds of a case, by whether the run is a quick one."""
+
+
+def measure(case: Case, device: str, *, quick: bool) -> report.Result:
+    """Build a case, which checks it, and time its contenders in turn."""
+    work = case.build()
+    turns = Turns(work.contenders, device)
+    for _ in range(turns.rounds_within(SECONDS_PER_CASE[quick])):
+        turns.round()
+    return report.Result.of(case.name, work.bytes, compare_samples(turns.seconds), case.targets)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", default="", help="only cases whose name has this text")
+    parser.add_argument("--no-joint-step", action="store_true", help="kernels only")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.record: there is no CUDA device here", file=sys.stderr)
+        return 1
+    run = report.describe_run(options.device, quick=options.quick, keeps_freed_memory=False)
+    others = timing.OtherProcesses()
+    results = []
+    # The steps come first: their peak memory is measured with the C library's own settings.
+    shapes = {} if options.no_joint_step or options.quick else joint_step.SHAPES
+    for name, shape in shapes.items():
+        if options.only in name:
+            print(name, file=sys.stderr)
+            results.append(joint_step.measure_steps(*shape, device=options.device))
+    if options.device == "cpu":
+        run["keeps_freed_memory"] = timing.keep_freed_memory()
+    for case in all_cases(options.device, quick=options.quick):
+        if options.only in case.name:
+            print(case.name, file=sys.stderr)
+            results.append(measure(case, options.device, quick=options.quick))
+    if not results:
+        print(f"bench.record: no case has '{options.only}' in its name", file=sys.stderr)
+        return 1
+    run["other_processes"] = others.share()
+    print(report.page(run, results))
+    options.out.mkdir(parents=True, exist_ok=True)
+    report.save(options.out / f"{run['kind']}.json", run, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
