@@ -119,8 +119,11 @@ def cuda_header_folders(toolkit: Path) -> list[str]:
 
 def extension():
     """The one extension module, limpq_ext._C."""
-    sources = ["csrc/ops.cpp", "csrc/module.cpp"]
-    sources += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = [
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "csrc/cpu")
+        for path in sorted((ROOT / folder).glob("*.cpp"))
+    ]
     # Headers are dependencies: without them an edit of a header would not rebuild.
     depends = [
         str(path.relative_to(ROOT))

@@ -1,8 +1,13 @@
 // What a fake-quantization kernel is told, the same on every device. No torch headers here.
 //
-// A call quantizes one dense tensor to `count` bit-widths in one pass (count 1 is the plain
+// A problem quantizes one dense tensor to `count` bit-widths in one pass (count 1 is the plain
 // quantizer). Memory is seen as [outer, channels, inner]: one scale per channel and bit-width;
 // channels == 1 is per tensor. All pointers are to memory of the device that runs the kernel.
+//
+// A call takes a list of problems, each with sizes, scales and a data type of its own, and runs
+// them as one: the plain and the multi-bit operators pass one problem, the grouped one a problem
+// for each part of the batch axis, a bank one for each layer. Outputs of different problems do not
+// overlap, but for dscale as said at `adds_to_dscale`.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +18,9 @@ enum class DataType { float32, float64, float16, bfloat16 };
 
 /// Bits run from 2 to 16, so no quantizer has more than 15 bit-widths.
 constexpr int max_bit_widths = 15;
+
+/// Parts of one grouped call: a branch for each bit-width and one of random bits.
+constexpr int max_parts = max_bit_widths + 1;
 
 /// What forward and backward share.
 struct Problem {
@@ -40,10 +48,13 @@ struct ForwardProblem : Problem {
 struct BackwardProblem : Problem {
   const void* grad[max_bit_widths];    // gradient of y[k]; null where bit-width k was not used
   double grad_factor[max_bit_widths];  // dscale is multiplied by it once, after the sum
-  void* dx;         // in dtype: the sum over k, added in the compute type in the order of k
-  void* dscale;     // [scale_rows, channels], in the compute type; rows not in scale_row become 0
+  void* dx;      // in dtype: the sum over k, added in the compute type in the order of k
+  void* dscale;  // [scale_rows, channels], in the compute type; rows not in scale_row become 0
+  // An earlier problem of the list has the same dscale: this one's sums are added to it, rounded to
+  // the compute type first, in the order of the list.
+  bool adds_to_dscale;
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
-  // CUDA only: cuda::backward_counter_bytes(problem) bytes, zero at the launch and zero again after
+  // CUDA only: cuda::backward_counter_bytes(...) bytes, zero at the launch and zero again after
   // it. Two launches that may overlap must not share them (see csrc/cuda/fake_quantize.h).
   void* counters;
 };

@@ -20,6 +20,7 @@ if torch.__version__ != _build.TORCH_VERSION:
         " limpq_ext"
     )
 
+from .bank import WeightBank
 from .costs import Costs, profile
 from .files import FileFormatError
 from .finetune import finetune
@@ -33,7 +34,7 @@ from .layers import (
     QuantLinear,
     SwitchableBatchNorm,
 )
-from .ops import lsq_fake_quantize, lsq_fake_quantize_multi
+from .ops import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
@@ -59,11 +60,13 @@ __all__ = [
     "QuantLinear",
     "QuantizedLayer",
     "SwitchableBatchNorm",
+    "WeightBank",
     "WeightQuantizer",
     "apply_policy",
     "evaluate",
     "finetune",
     "lsq_fake_quantize",
+    "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",
     "prepare",
     "profile",

@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .bits import check_bits
-from .ops import SCALE_MIN, lsq_grad_factor, thresholds
+from .ops import SCALE_MIN, fake_quantize, lsq_grad_factor, thresholds
 
 
 class LsqQuantizer(nn.Module):
@@ -95,6 +95,11 @@ class LsqQuantizer(nn.Module):
                 f"{self.name or 'quantizer'}: {bits} bits is not a candidate, those are {self.bits}"
             ) from None
 
+    def thresholds(self, bits: int) -> tuple[int, int]:
+        """``(quant_min, quant_max)`` at a bit-width; signed as long as that is not decided."""
+        signed = self._signed is None or self._signed
+        return thresholds(bits, signed=signed, symmetric=self.symmetric and signed)
+
     def set_scale(self, index: int, value: Tensor) -> None:
         """Give the step size of the ``index``-th bit-width its start value."""
         with torch.no_grad():
@@ -106,11 +111,8 @@ class LsqQuantizer(nn.Module):
         """``x`` at the selected bit-width: the same shape, dtype and memory format."""
         if not self._ready[self._index]:
             self._start(x)
-        signed = self._signed is None or self._signed
-        quant_min, quant_max = thresholds(
-            self.selected_bits, signed=signed, symmetric=self.symmetric and signed
-        )
-        return torch.ops.limpq.fake_quantize(
+        quant_min, quant_max = self.thresholds(self.selected_bits)
+        return fake_quantize(
             x,
             self.scale,
             self._index,

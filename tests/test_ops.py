@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_multi
+from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from limpq_ext.ops import lsq_grad_factor, thresholds
 
 CUDA = pytest.param(
@@ -209,6 +209,107 @@ def test_many_bit_widths_equal_single_calls(channel_axis):
     assert torch.equal(dx, total)
 
 
+GROUPED = {
+    "per tensor": ((6, 4, 3, 5), None, torch.contiguous_format),
+    "odd parts": ((9, 7), None, torch.contiguous_format),
+    "long parts": ((3, 40_001), None, torch.contiguous_format),
+    "per channel": ((6, 4, 3, 5), 1, torch.contiguous_format),
+    "channels last": ((6, 4, 3, 5), 1, torch.channels_last),
+    "last axis": ((6, 70), -1, torch.contiguous_format),
+    "one channel": ((6, 1, 4), 1, torch.contiguous_format),
+    "a single axis": ((12,), None, torch.contiguous_format),
+    "empty": ((0, 4), 1, torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GROUPED)
+def test_grouped_parts_equal_single_calls(device, dtype, kind):
+    torch.manual_seed(0)
+    shape, axis, layout = GROUPED[kind]
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device).contiguous()
+    check_grouped(x.to(memory_format=layout), axis)
+
+
+def check_grouped(x, axis):
+    """Outputs and gradients of three parts against three calls; the layout is kept."""
+    mins, maxs = [-2, -8, 0], [1, 7, 255]
+    rows = (3,) if axis is None else (3, x.shape[axis])
+    scales = (torch.rand(rows, dtype=compute_dtype(x.dtype)) * 0.2 + 0.05).to(x.device)
+    x, scales = x.detach().requires_grad_(), scales.requires_grad_()
+    grad = torch.randn(x.shape, dtype=torch.float64).to(x)
+    y = lsq_fake_quantize_grouped(x, scales, mins, maxs, channel_axis=axis)
+    dx, dscales = torch.autograd.grad(y, (x, scales), grad)
+    parts = [
+        lsq_fake_quantize(part, scale, low, high, channel_axis=axis)
+        for part, scale, low, high in zip(x.chunk(3), scales, mins, maxs, strict=True)
+    ]
+    one_dx, one_dscales = torch.autograd.grad(parts, (x, scales), grad.chunk(3))
+    assert_same_bits(y.detach(), torch.cat(parts).detach())
+    assert_same_bits(dx, one_dx)
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        assert_same_bits(dscales, one_dscales)
+        assert y.stride() == x.stride()
+    else:  # a copy in another order of the axes adds in another order
+        torch.testing.assert_close(dscales, one_dscales, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_parts_in_any_memory_equal_single_calls():
+    base = torch.randn(6, 8, 10)
+    for x in (
+        base[:, ::2],
+        base.transpose(1, 2),
+        base.transpose(0, 2)[:6],
+        base.permute(1, 0, 2)[:6],
+        base[:, :1].expand(6, 4, 10),
+        base[:1].expand(6, 8, 10),
+    ):
+        check_grouped(x, None)
+        check_grouped(x, 1)
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    axis=st.none() | st.integers(1, 3),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_grouped_parts_of_any_shape_equal_single_calls(shape, axis, order):
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    x = torch.randn(shape).permute(axes)
+    x = torch.cat([x, x + 1, x - 1]) if order.random() < 0.5 else x.repeat_interleave(3, 0)
+    check_grouped(x, axis if axis is None or axis < x.dim() else None)
+
+
+def test_grouped_parts_may_share_a_scale_row():
+    x, scales = torch.randn(8, 100), torch.tensor([0.3, 0.2, 0.1])
+    grad = torch.randn(8, 100)
+    tail = (None, [0.5, 2.0, 0.25, 1.0], 1e-5, math.inf)
+    how = ([2, 0, 2, 2], [-8, -2, -8, -8], [7, 1, 7, 7], *tail)
+    dx, dscales = torch.ops.limpq.fake_quantize_grouped_backward(grad, x, scales, *how)
+    expected = torch.zeros(3)
+    for part in range(4):
+        one = [argument[part] for argument in (*how[:3], tail[1])]
+        one_dx, one_dscales = torch.ops.limpq.fake_quantize_backward(
+            grad.chunk(4)[part], x.chunk(4)[part], scales, *one[:3], None, one[3], *tail[2:]
+        )
+        assert torch.equal(dx.chunk(4)[part], one_dx)
+        expected += one_dscales
+    assert torch.equal(dscales, expected)
+    assert dscales[1] == 0
+
+
+def test_the_default_gradient_factor_of_a_part_counts_the_part_alone():
+    x, scales = torch.randn(6, 50), torch.tensor([0.3, 0.2], requires_grad=True)
+    how = (x, scales, [-8, -8], [7, 7])
+    (lsq,) = torch.autograd.grad(lsq_fake_quantize_grouped(*how).sum(), scales)
+    plain = lsq_fake_quantize_grouped(*how, grad_factors=[1.0, 1.0]).sum()
+    (plain,) = torch.autograd.grad(plain, scales)
+    torch.testing.assert_close(lsq, plain / math.sqrt(150 * 7))
+
+
 def test_absent_gradients_are_skipped():
     x, scales = torch.randn(1000), torch.tensor([0.3, 0.2, 0.1])
     grad = torch.randn(1000)
@@ -261,7 +362,16 @@ def digest():
             leaf = x.clone().requires_grad_()
             y = lsq_fake_quantize(leaf, s, -8, 7, channel_axis=axis)
             y.backward(grad)
-            for value in (y.detach(), leaf.grad, s.grad):
+            values = [y.detach(), leaf.grad, s.grad]
+            if axis != 0:
+                rows = torch.stack([s.detach(), s.detach() * 2, s.detach() / 2]).requires_grad_()
+                ranges = ([-8, -2, 0], [7, 1, 255])
+                for many in (lsq_fake_quantize_multi, lsq_fake_quantize_grouped):
+                    leaf = x.clone().requires_grad_()
+                    y = many(leaf, rows, *ranges, channel_axis=axis)
+                    given = grad if y.dim() == 2 else grad.expand(3, 3, -1)
+                    values += [y.detach(), *torch.autograd.grad(y, (leaf, rows), given)]
+            for value in values:
                 answer.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return answer.hexdigest()
 
@@ -314,6 +424,7 @@ def operator_samples():
     per_channel = torch.rand(2, 6) + 0.1
     one = (1, -4, 3, None, 0.5, 1e-5, math.inf)
     many = ([1, 0], [-4, -8], [3, 7], None, [0.5, 0.25], 1e-5, math.inf)
+    thirds = (None, [0.5, 0.25, 1.0], 1e-5, math.inf)
     ops = torch.ops.limpq
     for wants in (False, True):
         leaf, s = x.clone().requires_grad_(wants), scale.clone().requires_grad_(wants)
@@ -323,11 +434,15 @@ def operator_samples():
         yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
         yield ops.fake_quantize_multi, (leaf, s, *many)
         yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
+        yield ops.fake_quantize_grouped, (leaf, s, *many)
+        yield ops.fake_quantize_grouped, (last, c, [0, 0], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2)
+        yield ops.fake_quantize_grouped, (leaf.mT, s, [1, 0, 1], *[[-4] * 3, [3] * 3], *thirds)
     yield ops.fake_quantize_backward, (torch.randn(4, 6), x, scale, *one)
     yield ops.fake_quantize_multi_backward, ([torch.randn(4, 6), None], x, scale, *many)
+    yield ops.fake_quantize_grouped_backward, (torch.randn(4, 6), x, scale, *many)
 
 
-@pytest.mark.parametrize("sample", range(10))
+@pytest.mark.parametrize("sample", range(17))
 def test_opcheck(sample):
     operator, arguments = list(operator_samples())[sample]
     torch.library.opcheck(operator.default, arguments)
@@ -360,6 +475,25 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(ours, reference)
 
 
+@pytest.mark.parametrize("many", [lsq_fake_quantize_multi, lsq_fake_quantize_grouped])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_many_bit_widths_compile_without_a_graph_break(many, axis):
+    x = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    scales = (torch.rand(2 if axis is None else (2, 6)) + 0.1).requires_grad_()
+
+    def gradients(function):
+        y = function(x, scales)
+        return y, *torch.autograd.grad(y.square().sum(), (x, scales))
+
+    def quantize(x, scales):
+        return many(x * 2, scales, [-8, -2], [7, 1], channel_axis=axis)
+
+    compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(gradients(compiled), gradients(quantize), strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
 def test_works_under_autocast():
     block, x = Block(), torch.rand(2, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -369,13 +503,57 @@ def test_works_under_autocast():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
 
 
-def test_only_the_input_is_saved_for_backward():
+def two_rows(function):
+    """lsq_fake_quantize_multi or _grouped with the arguments of lsq_fake_quantize."""
+    return lambda x, scale, low, high, **options: function(
+        x, torch.stack([scale, scale * 2]), [low, low], [high, high], **options
+    )
+
+
+EVERY_FUNCTION = pytest.mark.parametrize(
+    "function",
+    [lsq_fake_quantize, two_rows(lsq_fake_quantize_multi), two_rows(lsq_fake_quantize_grouped)],
+    ids=["single", "multi", "grouped"],
+)
+
+
+@EVERY_FUNCTION
+def test_only_the_input_is_saved_for_backward(function):
     saved = []
     x = torch.randn(1000, requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lsq_fake_quantize(x, scale, -8, 7)
-    assert sum(t.numel() * t.element_size() for t in saved) == 4 * 1000 + 4
+        function(x, scale, -8, 7)
+    assert sum(t.nbytes for t in saved) <= 4 * 1000 + 8
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+
+
+@EVERY_FUNCTION
+def test_an_input_changed_before_backward_is_an_error(function):
+    leaf = torch.randn(1000, requires_grad=True)
+    x = leaf * 1
+    y = function(x, torch.tensor(0.1), -8, 7)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@EVERY_FUNCTION
+def test_backward_twice_needs_a_kept_graph(function):
+    x = torch.randn(10, requires_grad=True)
+    y = function(x, torch.tensor(0.1), -8, 7).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+@EVERY_FUNCTION
+def test_a_forward_mode_derivative_is_refused(function):
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(10), torch.ones(10))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            function(x, torch.tensor(0.1), -8, 7)
 
 
 def test_a_scale_of_another_dtype_is_converted_and_its_gradient_back():
@@ -387,22 +565,19 @@ def test_a_scale_of_another_dtype_is_converted_and_its_gradient_back():
     assert scale.grad.dtype == torch.bfloat16
 
 
-def test_a_second_derivative_is_refused():
+@EVERY_FUNCTION
+def test_a_second_derivative_is_refused(function):
     x = torch.randn(10, requires_grad=True)
-    scale = torch.tensor(0.3, requires_grad=True)
-    for y in (
-        lsq_fake_quantize(x, scale, -8, 7),
-        lsq_fake_quantize_multi(x, scale.reshape(1), [-8], [7]),
-    ):
-        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="fake_quantize has no second derivative"):
-            dx.sum().backward()
+    y = function(x, torch.tensor(0.3, requires_grad=True), -8, 7)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fake_quantize has no second derivative"):
+        dx.sum().backward()
 
 
-def test_vmap_is_refused():
-    scale = torch.tensor(0.3)
-    with pytest.raises(RuntimeError, match=r"fake_quantize does not support torch\.vmap"):
-        torch.vmap(lambda row: lsq_fake_quantize(row, scale, -8, 7))(torch.randn(3, 4))
+@EVERY_FUNCTION
+def test_vmap_is_refused(function):
+    with pytest.raises(RuntimeError, match=r"fake_quantize\w* does not support torch\.vmap"):
+        torch.vmap(lambda row: function(row, torch.tensor(0.3), -8, 7))(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -435,3 +610,41 @@ def test_wrong_numbers_of_bit_widths_are_named():
         lsq_fake_quantize_multi(x, torch.ones(2), [], [])
     with pytest.raises(IndexError, match="scale row 1 does not exist, scale has 1 rows"):
         lsq_fake_quantize_multi(x, torch.ones(1), [-2, -4], [1, 3])
+    how = ([0, 0], [-2, -4], [1, 3], None, [1.0, 1.0], 1e-5, math.inf)
+    with pytest.raises(ValueError, match="scale row 0 is used for two bit-widths"):
+        torch.ops.limpq.fake_quantize_multi(x, torch.ones(1), *how)
+
+
+def test_wrong_parts_are_named():
+    scales = torch.ones(2)
+    with pytest.raises(ValueError, match=r"x has shape \[3, 4\], its first axis does not split in"):
+        lsq_fake_quantize_grouped(torch.ones(3, 4), scales, [-2, -4], [1, 3])
+    with pytest.raises(ValueError, match=r"x has shape \[\], its first axis"):
+        lsq_fake_quantize_grouped(torch.tensor(1.0), scales, [-2, -4], [1, 3])
+    with pytest.raises(ValueError, match="0 parts in one call, expected 1 to 16"):
+        lsq_fake_quantize_grouped(torch.ones(4), scales, [], [])
+    with pytest.raises(ValueError, match="17 parts in one call, expected 1 to 16"):
+        lsq_fake_quantize_grouped(torch.ones(17), torch.ones(17), [-2] * 17, [1] * 17)
+    for axis in (0, -2):
+        with pytest.raises(ValueError, match="channel_axis is the axis of the parts"):
+            lsq_fake_quantize_grouped(
+                torch.ones(2, 4), torch.ones(2, 2), [-2, -4], [1, 3], channel_axis=axis
+            )
+
+
+def test_wrong_gradients_are_named():
+    x, scale = torch.ones(4), torch.ones(2)
+    one = (0, -2, 1, None, 1.0, 1e-5, math.inf)
+    many = ([0, 1], [-2, -4], [1, 3], None, [1.0, 1.0], 1e-5, math.inf)
+    with pytest.raises(ValueError, match=r"gradient has shape \[3\], x has \[4\]"):
+        torch.ops.limpq.fake_quantize_backward(torch.ones(3), x, scale, *one)
+    with pytest.raises(ValueError, match=r"gradient has shape \[3\], x has \[4\]"):
+        torch.ops.limpq.fake_quantize_grouped_backward(torch.ones(3), x, scale, *many)
+    with pytest.raises(ValueError, match="1 gradients for 2 bit-widths"):
+        torch.ops.limpq.fake_quantize_multi_backward([x], x, scale, *many)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_devices_that_differ_are_named():
+    with pytest.raises(ValueError, match="x is on cuda:0 and scale on cpu"):
+        lsq_fake_quantize(torch.ones(3, device="cuda"), torch.tensor(0.1), -8, 7)

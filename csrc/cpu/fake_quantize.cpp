@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
-#include <vector>
 
 #include "span_kernels.h"
 
@@ -81,6 +80,10 @@ struct Partition {
     outer = per_tensor ? 1 : problem.outer;
     channels = problem.channels;
     inner = per_tensor ? problem.outer * problem.inner : problem.inner;
+    if (problem.numel() == 0) {
+      outer_blocks = channel_blocks = inner_blocks = 0;
+      return;
+    }
     inner_step = std::min(inner, task_size);
     channel_step = std::min(channels, task_size / inner_step);
     outer_step =
@@ -93,6 +96,8 @@ struct Partition {
   int64_t tasks() const { return outer_blocks * channel_blocks * inner_blocks; }
   /// Partial sums per channel and bit-width.
   int64_t partials() const { return outer_blocks * inner_blocks; }
+  /// Whether neighbours in memory have scales of their own.
+  bool elementwise() const { return channels > 1 && inner == 1; }
 };
 
 /// The box of elements that one task works on.
@@ -116,154 +121,188 @@ struct Task {
   }
 };
 
-/// The guarded scales and thresholds of a call in the compute type: steps[channel * count + k], and
-/// scales[k * channels + channel] for the kernels that take a scale per element.
+/// The bit-widths of a problem in its compute type, for one channel after another. Guarding a scale
+/// again in every task costs less than a table of guarded scales, which would need memory.
 template <typename C>
-struct Scales {
-  std::vector<Step<C>> steps;
-  std::vector<C> by_channel;
+struct BitWidths {
+  const Problem& problem;
+  const C* scale[max_bit_widths];  // the rows
   Range<C> ranges[max_bit_widths];
+  Guard<C> guard;
+  Step<C> steps[max_bit_widths];
 
-  explicit Scales(const Problem& p) : steps(p.channels * p.count) {
-    const C* scale = static_cast<const C*>(p.scale);
-    if (p.channels > 1 && p.inner == 1) by_channel.resize(p.channels * p.count);
+  explicit BitWidths(const Problem& p) : problem(p), guard{C(p.scale_min), C(p.scale_max)} {
     for (int k = 0; k < p.count; ++k) {
+      scale[k] = static_cast<const C*>(p.scale) + p.scale_row[k] * p.channels;
       ranges[k] = {C(p.quant_min[k]), C(p.quant_max[k])};
-      for (int64_t channel = 0; channel < p.channels; ++channel) {
-        const C guarded = guard_scale(scale[p.scale_row[k] * p.channels + channel], C(p.scale_min),
-                                      C(p.scale_max));
-        steps[channel * p.count + k] = {guarded, ranges[k]};
-        if (!by_channel.empty()) by_channel[k * p.channels + channel] = guarded;
-      }
     }
   }
-  bool elementwise() const { return !by_channel.empty(); }
+
+  const Step<C>* of_channel(int64_t channel) {
+    for (int k = 0; k < problem.count; ++k) {
+      steps[k] = {guard_scale(scale[k][channel], guard.scale_min, guard.scale_max), ranges[k]};
+    }
+    return steps;
+  }
 };
 
 template <typename T>
-void forward(const ForwardProblem& problem, const Parallel& parallel) {
+void forward_task(const ForwardProblem& problem, const Partition& partition, const Task& task) {
   using C = typename ComputeType<T>::type;
-  const Partition partition(problem);
-  const Scales<C> scales(problem);
   const SpanKernels<T>& span = kernels<T>();
   const int count = problem.count;
-  parallel(partition.tasks(), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task(partition, index);
-      for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
-        T* y[max_bit_widths];
-        if (scales.elementwise()) {
-          const int64_t offset = o * partition.channels + task.channel_begin;
-          const C* scale[max_bit_widths];
-          for (int k = 0; k < count; ++k) {
-            y[k] = static_cast<T*>(problem.y[k]) + offset;
-            scale[k] = &scales.by_channel[k * partition.channels + task.channel_begin];
-          }
-          span.forward_elementwise(static_cast<const T*>(problem.x) + offset, y,
-                                   task.channel_end - task.channel_begin, scale, scales.ranges,
-                                   count);
-          continue;
-        }
-        for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
-          const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
-          for (int k = 0; k < count; ++k) y[k] = static_cast<T*>(problem.y[k]) + offset;
-          span.forward(static_cast<const T*>(problem.x) + offset, y,
-                       task.inner_end - task.inner_begin, &scales.steps[c * count], count);
-        }
-      }
+  const T* x = static_cast<const T*>(problem.x);
+  BitWidths<C> widths(problem);
+  T* y[max_bit_widths];
+  const auto set_outputs = [&](int64_t offset) {
+    for (int k = 0; k < count; ++k) y[k] = static_cast<T*>(problem.y[k]) + offset;
+  };
+  if (partition.elementwise()) {
+    const C* scale[max_bit_widths];
+    for (int k = 0; k < count; ++k) scale[k] = widths.scale[k] + task.channel_begin;
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = o * partition.channels + task.channel_begin;
+      set_outputs(offset);
+      span.forward_elementwise(x + offset, y, task.channel_end - task.channel_begin, scale,
+                               widths.guard, widths.ranges, count);
     }
-  });
+    return;
+  }
+  for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
+    const Step<C>* steps = widths.of_channel(c);
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
+      set_outputs(offset);
+      span.forward(x + offset, y, task.inner_end - task.inner_begin, steps, count);
+    }
+  }
 }
 
-/// dscale from the partial sums, [partials, channels, count], added in the order of the partials.
+/// Writes the task's elements of dx and its partial sums of dscale, [partials, count, channels].
+template <typename T>
+void backward_task(const BackwardProblem& problem, const Partition& partition, const Task& task) {
+  using C = typename ComputeType<T>::type;
+  const SpanKernels<T>& span = kernels<T>();
+  const int count = problem.count;
+  const T* x = static_cast<const T*>(problem.x);
+  T* dx = static_cast<T*>(problem.dx);
+  BitWidths<C> widths(problem);
+  const T* grad[max_bit_widths];
+  const auto set_gradients = [&](int64_t offset) {
+    for (int k = 0; k < count; ++k) {
+      const T* base = static_cast<const T*>(problem.grad[k]);
+      grad[k] = base == nullptr ? nullptr : base + offset;
+    }
+  };
+  double* partial[max_bit_widths];  // of channel_begin
+  for (int k = 0; k < count; ++k) {
+    partial[k] = static_cast<double*>(problem.workspace) +
+                 (task.partial * count + k) * partition.channels + task.channel_begin;
+  }
+  if (partition.elementwise()) {
+    const int64_t channels = task.channel_end - task.channel_begin;
+    const C* scale[max_bit_widths];
+    for (int k = 0; k < count; ++k) {
+      scale[k] = widths.scale[k] + task.channel_begin;
+      std::fill_n(partial[k], channels, 0.0);
+    }
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = o * partition.channels + task.channel_begin;
+      set_gradients(offset);
+      span.backward_elementwise(x + offset, grad, dx + offset, channels, scale, widths.guard,
+                                widths.ranges, count, partial);
+    }
+    return;
+  }
+  for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
+    const Step<C>* steps = widths.of_channel(c);
+    double sums[max_bit_widths] = {};
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
+      set_gradients(offset);
+      span.backward(x + offset, grad, dx + offset, task.inner_end - task.inner_begin, steps, count,
+                    sums);
+    }
+    for (int k = 0; k < count; ++k) partial[k][c - task.channel_begin] = sums[k];
+  }
+}
+
+/// dscale from the partial sums, added in the order of the partials.
 template <typename C>
-void finish_scale_gradients(const BackwardProblem& p, const double* partial, int64_t partials) {
+void finish_scale_gradients(const BackwardProblem& p) {
+  const double* partial = static_cast<const double*>(p.workspace);
+  const int64_t partials = Partition(p).partials();
   const C* scale = static_cast<const C*>(p.scale);
   C* dscale = static_cast<C*>(p.dscale);
-  std::fill_n(dscale, p.scale_rows * p.channels, C(0));
-  for (int64_t channel = 0; channel < p.channels; ++channel) {
-    for (int k = 0; k < p.count; ++k) {
+  if (!p.adds_to_dscale) std::fill_n(dscale, p.scale_rows * p.channels, C(0));
+  for (int k = 0; k < p.count; ++k) {
+    for (int64_t channel = 0; channel < p.channels; ++channel) {
       const int64_t at = p.scale_row[k] * p.channels + channel;
       if (!scale_is_free(scale[at], C(p.scale_min), C(p.scale_max))) continue;
       double sum = 0;
-      for (int64_t i = 0; i < partials; ++i) {
-        sum += partial[(i * p.channels + channel) * p.count + k];
-      }
-      dscale[at] = C(sum * p.grad_factor[k]);
+      for (int64_t i = 0; i < partials; ++i)
+        sum += partial[(i * p.count + k) * p.channels + channel];
+      dscale[at] += C(sum * p.grad_factor[k]);
     }
   }
 }
 
-template <typename T>
-void backward(const BackwardProblem& problem, const Parallel& parallel) {
-  using C = typename ComputeType<T>::type;
-  const Partition partition(problem);
-  const Scales<C> scales(problem);
-  const SpanKernels<T>& span = kernels<T>();
-  const int count = problem.count;
-  double* partial = static_cast<double*>(problem.workspace);
-  parallel(partition.tasks(), [&](int64_t begin, int64_t end) {
-    std::vector<double> column_sums;
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task(partition, index);
-      const int64_t channels = task.channel_end - task.channel_begin;
-      double* sums = partial + (task.partial * partition.channels + task.channel_begin) * count;
-      std::fill_n(sums, channels * count, 0.0);
-      if (scales.elementwise()) column_sums.assign(channels * count, 0.0);
-      for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
-        const T* grad[max_bit_widths];
-        const auto set_grad = [&](int64_t offset) {
-          for (int k = 0; k < count; ++k) {
-            const T* base = static_cast<const T*>(problem.grad[k]);
-            grad[k] = base == nullptr ? nullptr : base + offset;
-          }
-        };
-        if (scales.elementwise()) {
-          const int64_t offset = o * partition.channels + task.channel_begin;
-          const C* scale[max_bit_widths];
-          double* column_sum[max_bit_widths];
-          for (int k = 0; k < count; ++k) {
-            scale[k] = &scales.by_channel[k * partition.channels + task.channel_begin];
-            column_sum[k] = &column_sums[k * channels];
-          }
-          set_grad(offset);
-          span.backward_elementwise(static_cast<const T*>(problem.x) + offset, grad,
-                                    static_cast<T*>(problem.dx) + offset, channels, scale,
-                                    scales.ranges, count, column_sum);
-          continue;
-        }
-        for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
-          const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
-          set_grad(offset);
-          span.backward(static_cast<const T*>(problem.x) + offset, grad,
-                        static_cast<T*>(problem.dx) + offset, task.inner_end - task.inner_begin,
-                        &scales.steps[c * count], count, sums + (c - task.channel_begin) * count);
-        }
-      }
-      for (int64_t i = 0; i < int64_t(column_sums.size()); ++i) {
-        sums[i % channels * count + i / channels] = column_sums[i];
-      }
-    }
-  });
-  finish_scale_gradients<C>(problem, partial, partition.partials());
-}
-
-template <typename P>
-void dispatch(const P& problem, const Parallel& parallel,
-              void (*run_float)(const P&, const Parallel&),
-              void (*run_double)(const P&, const Parallel&),
-              void (*run_half)(const P&, const Parallel&),
-              void (*run_bfloat16)(const P&, const Parallel&)) {
-  switch (problem.dtype) {
+/// Calls visit(T()) with the type that stores one element.
+template <typename Visit>
+void with_type(DataType dtype, Visit visit) {
+  switch (dtype) {
     case DataType::float32:
-      return run_float(problem, parallel);
+      return visit(float());
     case DataType::float64:
-      return run_double(problem, parallel);
+      return visit(double());
     case DataType::float16:
-      return run_half(problem, parallel);
+      return visit(Float16());
     case DataType::bfloat16:
-      return run_bfloat16(problem, parallel);
+      return visit(BFloat16());
   }
+}
+
+/// A list of problems; the tasks are numbered through it.
+template <typename P>
+struct ProblemList {
+  const P* problems;
+  int64_t count;
+
+  int64_t tasks() const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += Partition(problems[i]).tasks();
+    return total;
+  }
+
+  /// Calls run(problem, partition, task) for the tasks begin .. end.
+  template <typename Run>
+  void run_tasks(int64_t begin, int64_t end, Run run) const {
+    int64_t first = 0;
+    for (int64_t i = 0; i < count && first < end; ++i) {
+      const Partition partition(problems[i]);
+      const int64_t last = first + partition.tasks();
+      for (int64_t index = std::max(begin, first); index < std::min(end, last); ++index) {
+        run(problems[i], partition, Task(partition, index - first));
+      }
+      first = last;
+    }
+  }
+};
+
+void forward_tasks(const void* context, int64_t begin, int64_t end) {
+  static_cast<const ProblemList<ForwardProblem>*>(context)->run_tasks(
+      begin, end, [](const ForwardProblem& problem, const Partition& partition, const Task& task) {
+        with_type(problem.dtype,
+                  [&](auto zero) { forward_task<decltype(zero)>(problem, partition, task); });
+      });
+}
+
+void backward_tasks(const void* context, int64_t begin, int64_t end) {
+  static_cast<const ProblemList<BackwardProblem>*>(context)->run_tasks(
+      begin, end, [](const BackwardProblem& problem, const Partition& partition, const Task& task) {
+        with_type(problem.dtype,
+                  [&](auto zero) { backward_task<decltype(zero)>(problem, partition, task); });
+      });
 }
 
 }  // namespace
@@ -272,24 +311,22 @@ const std::string& capability() {
   return name_of(current_capability());
 }
 
-void fake_quantize_forward(const ForwardProblem& problem, const Parallel& parallel) {
-  if (problem.numel() == 0) return;
-  dispatch(problem, parallel, forward<float>, forward<double>, forward<Float16>, forward<BFloat16>);
+void fake_quantize_forward(const ForwardProblem* problems, int64_t count, Parallel parallel) {
+  const ProblemList<ForwardProblem> list{problems, count};
+  parallel(list.tasks(), forward_tasks, &list);
 }
 
-void fake_quantize_backward(const BackwardProblem& problem, const Parallel& parallel) {
-  if (problem.numel() == 0) {
-    const int64_t size = problem.dtype == DataType::float64 ? sizeof(double) : sizeof(float);
-    std::fill_n(static_cast<char*>(problem.dscale), problem.scale_rows * problem.channels * size,
-                char(0));
-    return;
+void fake_quantize_backward(const BackwardProblem* problems, int64_t count, Parallel parallel) {
+  const ProblemList<BackwardProblem> list{problems, count};
+  parallel(list.tasks(), backward_tasks, &list);
+  for (int64_t i = 0; i < count; ++i) {
+    with_type(problems[i].dtype, [&](auto zero) {
+      finish_scale_gradients<typename ComputeType<decltype(zero)>::type>(problems[i]);
+    });
   }
-  dispatch(problem, parallel, backward<float>, backward<double>, backward<Float16>,
-           backward<BFloat16>);
 }
 
 int64_t backward_workspace_bytes(const BackwardProblem& problem) {
-  if (problem.numel() == 0) return 0;
   return Partition(problem).partials() * problem.channels * problem.count * int64_t(sizeof(double));
 }
 

@@ -1,20 +1,21 @@
-// Fake quantization of one tensor on the CPU: the partition into tasks around the span kernels.
+// Fake quantization on the CPU: the partition into tasks around the span kernels.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 
 #include "../fake_quantize.h"
 
 namespace limpq::cpu {
 
-/// Runs body(begin, end) over sub-ranges that cover 0 .. tasks, possibly at once on many threads.
-using Parallel =
-    std::function<void(int64_t tasks, const std::function<void(int64_t, int64_t)>& body)>;
+/// Runs body(context, begin, end) over sub-ranges that cover 0 .. tasks, possibly at once on many
+/// threads. Plain pointers: a std::function would allocate memory in every call.
+using TaskRange = void (*)(const void* context, int64_t begin, int64_t end);
+using Parallel = void (*)(int64_t tasks, TaskRange body, const void* context);
 
-void fake_quantize_forward(const ForwardProblem& problem, const Parallel& parallel);
-void fake_quantize_backward(const BackwardProblem& problem, const Parallel& parallel);
+/// All problems of the list in one parallel region.
+void fake_quantize_forward(const ForwardProblem* problems, int64_t count, Parallel parallel);
+void fake_quantize_backward(const BackwardProblem* problems, int64_t count, Parallel parallel);
 
 /// Size of BackwardProblem::workspace.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);

@@ -34,6 +34,13 @@ struct Step {
   Range<C> range;
 };
 
+/// What guard_scale keeps a scale within.
+template <typename C>
+struct Guard {
+  C scale_min;
+  C scale_max;
+};
+
 /// Sums are taken over lane_count interleaved lanes in the compute type, at most block_size
 /// elements at a time, and continued in double. Both numbers are part of the result's bits: they
 /// make it the same for every instruction set and any number of threads.
@@ -51,12 +58,13 @@ struct SpanKernels {
   void (*backward)(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>* steps,
                    int count, double* dscale);
 
-  /// The same where every element has a scale of its own: scale[k][i], dscale[k][i].
+  /// The same where every element has a scale of its own, not yet guarded: scale[k][i],
+  /// dscale[k][i].
   void (*forward_elementwise)(const T* x, T* const* y, int64_t n, const C* const* scale,
-                              const Range<C>* ranges, int count);
+                              Guard<C> guard, const Range<C>* ranges, int count);
   void (*backward_elementwise)(const T* x, const T* const* grad, T* dx, int64_t n,
-                               const C* const* scale, const Range<C>* ranges, int count,
-                               double* const* dscale);
+                               const C* const* scale, Guard<C> guard, const Range<C>* ranges,
+                               int count, double* const* dscale);
 };
 
 // Each namespace is the same source, span_kernels.inl, compiled for another instruction set.

@@ -141,8 +141,10 @@ inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, Ste
 
 template <typename C>
 inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n,
-                          const C* __restrict scale, Range<C> range) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quantize(x[i], scale[i], range);
+                          const C* __restrict scale, Guard<C> guard, Range<C> range) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = fake_quantize(x[i], guard_scale(scale[i], guard.scale_min, guard.scale_max), range);
+  }
 }
 
 template <bool accumulate, typename C>
@@ -170,10 +172,11 @@ inline double backward_block(const C* __restrict x, const C* __restrict grad, C*
 
 template <bool accumulate, typename C>
 inline void backward_block(const C* __restrict x, const C* __restrict grad, C* __restrict dx,
-                           int64_t n, const C* __restrict scale, Range<C> range,
+                           int64_t n, const C* __restrict scale, Guard<C> guard, Range<C> range,
                            double* __restrict dscale) {
   for (int64_t i = 0; i < n; ++i) {
-    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], scale[i], range);
+    const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
+    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], guarded, range);
     dx[i] = accumulate ? dx[i] + out.dx : out.dx;
     dscale[i] += double(out.dscale);
   }
@@ -248,28 +251,30 @@ void backward(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>*
 }
 
 template <typename T, typename C>
-void forward_elementwise(const T* x, T* const* y, int64_t n, const C* const* scale,
+void forward_elementwise(const T* x, T* const* y, int64_t n, const C* const* scale, Guard<C> guard,
                          const Range<C>* ranges, int count) {
   forward_span(x, y, n, count,
                [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
-                 forward_block(x_block, y_block, length, scale[k] + offset, ranges[k]);
+                 forward_block(x_block, y_block, length, scale[k] + offset, guard, ranges[k]);
                });
 }
 
 template <typename T, typename C>
 void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, const C* const* scale,
-                          const Range<C>* ranges, int count, double* const* dscale) {
-  backward_span(x, grad, dx, n, count,
-                [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
-                    C* dx_block, int64_t length) {
-                  const C* s = scale[k] + offset;
-                  double* ds = dscale[k] + offset;
-                  if (accumulate) {
-                    backward_block<true>(x_block, grad_block, dx_block, length, s, ranges[k], ds);
-                  } else {
-                    backward_block<false>(x_block, grad_block, dx_block, length, s, ranges[k], ds);
-                  }
-                });
+                          Guard<C> guard, const Range<C>* ranges, int count,
+                          double* const* dscale) {
+  backward_span(
+      x, grad, dx, n, count,
+      [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
+          C* dx_block, int64_t length) {
+        const C* s = scale[k] + offset;
+        double* ds = dscale[k] + offset;
+        if (accumulate) {
+          backward_block<true>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
+        } else {
+          backward_block<false>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
+        }
+      });
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ template <typename C>
 struct ScaleGradient {
   C* dscale;  // [scale_rows, channels]
   int64_t scale_rows;
+  bool adds;  // to what an earlier launch left in dscale
   double grad_factor[max_bit_widths];
   int group_channels;
   SumTree tree;
@@ -51,7 +52,8 @@ struct ScaleGradient {
     const int64_t at = quantizers.scale_row[k] * quantizers.channels + channel;
     const bool is_free =
         scale_is_free(quantizers.scale[at], quantizers.scale_min, quantizers.scale_max);
-    dscale[at] = is_free ? static_cast<C>(sum * grad_factor[k]) : C(0);
+    const C value = is_free ? static_cast<C>(sum * grad_factor[k]) : C(0);
+    dscale[at] = adds ? dscale[at] + value : value;
   }
 
   /// Takes the sum of one item over this block.
@@ -120,6 +122,7 @@ struct ScaleGradient {
   /// Rows that no bit-width of this call uses.
   __device__ __forceinline__ void clear_unused_rows(const Quantizers<C>& quantizers,
                                                     unsigned group) const {
+    if (adds) return;
     for (int64_t row = 0; row < scale_rows; ++row) {
       bool used = false;
       for (int k = 0; k < quantizers.count; ++k) used |= quantizers.scale_row[k] == row;
@@ -524,6 +527,7 @@ void backward(const BackwardLayout& layout, Launch&& launch) {
     auto& scale_gradient = parameters.scale_gradient;
     scale_gradient.dscale = static_cast<C*>(problem.dscale);
     scale_gradient.scale_rows = problem.scale_rows;
+    scale_gradient.adds = problem.adds_to_dscale;
     scale_gradient.group_channels = layout.group_channels;
     scale_gradient.tree = layout.tree;
     scale_gradient.part_sums = static_cast<double*>(problem.workspace);

@@ -1,9 +1,9 @@
 // Fake quantization on CUDA: what the launchers in forward.cu and backward.cu offer. Neither torch
 // nor CUDA headers are needed to include this.
 //
-// Each call is one kernel launch on `stream` of the current device. Nothing synchronises, nothing
-// is allocated, and every call can be captured in a graph. A launch that fails raises
-// std::runtime_error with CUDA's message.
+// Each call launches one kernel for each problem of its list on `stream` of the current device.
+// Nothing synchronises, nothing is allocated, and every call can be captured in a graph. A launch
+// that fails raises std::runtime_error with CUDA's message.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,16 @@ struct CUstream_st;  // cudaStream_t points to one
 
 namespace limpq::cuda {
 
-void fake_quantize_forward(const ForwardProblem& problem, CUstream_st* stream);
+void fake_quantize_forward(const ForwardProblem* problems, int64_t count, CUstream_st* stream);
 
-void fake_quantize_backward(const BackwardProblem& problem, CUstream_st* stream);
+void fake_quantize_backward(const BackwardProblem* problems, int64_t count, CUstream_st* stream);
 
 /// Bytes of BackwardProblem::workspace, which is scratch: its contents before and after mean
 /// nothing. Of the problem's pointers only which gradients are null is looked at, here and below.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);
 
-/// Bytes of BackwardProblem::counters: 0 where no sum spans blocks (then the pointer may be null).
+/// Bytes of BackwardProblem::counters, which the problems of a list share: 0 where no sum spans
+/// blocks (then the pointer may be null).
 ///
 /// The block that arrives last finishes the sums; it knows that it is the last from a counter. The
 /// counters must be 0 when the kernel starts, and the last block sets them back to 0, so zero them
@@ -37,6 +38,6 @@ int64_t backward_workspace_bytes(const BackwardProblem& problem);
 /// They are not part of the workspace, which is uninitialised and would need a memset node before
 /// every call; and not a static array with slots dealt out by the launcher, since a graph keeps the
 /// slot of its capture for ever and so may meet any other call in it.
-int64_t backward_counter_bytes(const BackwardProblem& problem);
+int64_t backward_counter_bytes(const BackwardProblem* problems, int64_t count);
 
 }  // namespace limpq::cuda

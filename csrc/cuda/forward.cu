@@ -4,8 +4,8 @@
 
 namespace limpq::cuda {
 
-void fake_quantize_forward(const ForwardProblem& problem, CUstream_st* stream) {
-  dispatch_forward(problem, launcher(stream));
+void fake_quantize_forward(const ForwardProblem* problems, int64_t count, CUstream_st* stream) {
+  for (int64_t i = 0; i < count; ++i) dispatch_forward(problems[i], launcher(stream));
 }
 
 }  // namespace limpq::cuda
