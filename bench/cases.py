@@ -20,10 +20,9 @@ from limpq_ext.quantizers import weight_start_scale
 
 from . import bank, peers
 from .peers import Thresholds
+from .report import FLOOR, OURS
 from .timing import Contender
 
-OURS = "limpq_ext"
-FLOOR = "floor"
 BITS = (2, 3, 4, 5, 6)
 DIRECTIONS = ("forward", "backward", "forward+backward")
 Implementation = Callable[[Tensor, Tensor, Thresholds], Tensor]

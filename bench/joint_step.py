@@ -24,10 +24,9 @@ from limpq_ext.models import create_model
 
 from .cases import BITS
 from .peers import EagerJointTrainer
-from .report import Result, step_table
+from .report import FLOAT_STEPS, OURS, Result, step_table
 from .timing import Contender, Turns, compare_samples
 
-FLOAT, JOINT, EAGER = "float steps", "limpq_ext", "eager"
 SHAPES = {
     "resnet18 32x3x64x64": ("resnet18", 32, 64),
     "resnet18 64x3x32x32": ("resnet18", 64, 32),
@@ -74,9 +73,9 @@ def measure_steps(
         )
     # The first contender is what the others are compared with.
     steps: dict[str, Callable[[object], object]] = {
-        FLOAT: float_steps,
-        JOINT: lambda _: trainer.step(x, target),
-        EAGER: lambda _: original.step(x, target, trainer.draw(trainer.steps)),
+        OURS: lambda _: trainer.step(x, target),
+        FLOAT_STEPS: float_steps,
+        "eager": lambda _: original.step(x, target, trainer.draw(trainer.steps)),
     }
     memory = {step: _peak_memory(run, device) for step, run in steps.items()}
     turns = Turns({step: Contender(run) for step, run in steps.items()}, device, calibrate=False)

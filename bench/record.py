@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="folder; default: results")
     parser.add_argument("--only", default="", help="only cases whose name has this text")
     parser.add_argument("--no-joint-step", action="store_true", help="kernels only")
     options = parser.parse_args(arguments)
@@ -60,8 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     run["other_processes"] = others.share()
     print(report.page(run, results))
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.save(options.out / f"{run['kind']}.json", run, results)
+    folder = options.out
+    if folder is None and (options.quick or options.only or options.no_joint_step):
+        print("not written: only a part of the benchmarks ran (see --out)", file=sys.stderr)
+        return 0
+    folder = folder or Path(__file__).parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    report.save(folder / f"{run['kind']}.json", run, results)
     return 0
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import OURS, Case
+from bench.cases import Case
 from bench.record import SECONDS_PER_CASE
-from bench.report import Result
+from bench.report import OURS, Result
 from bench.timing import Turns, compare_samples
 
 
