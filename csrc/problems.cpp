@@ -160,9 +160,9 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
 
 namespace {
 
-void run_on_cpu(int64_t tasks, cpu::TaskRange body, const void* context) {
-  if (tasks == 1) return body(context, 0, 1);
-  at::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+void run_on_cpu(int64_t tasks, int64_t grain, cpu::TaskRange body, const void* context) {
+  if (tasks <= grain) return body(context, 0, tasks);
+  at::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 /// Calls run() with a workspace for each problem, from one allocation or, where little is needed
