@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, co
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row, int64_t quant_min,
                      int64_t quant_max, std::optional<int64_t> channel_axis, double grad_factor,
-                     double scale_min, double scale_max) {
+                     double scale_min, double scale_max, bool relu) {
   const Quantization how = {scale_row,    quant_min, quant_max, grad_factor,
-                            channel_axis, scale_min, scale_max};
+                            channel_axis, scale_min, scale_max, relu};
   check_arguments(x, scale, how);
   const Tensor x_dense = as_dense(x);
   const Tensor y = empty_as(x_dense);
@@ -90,10 +90,10 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tens
                                                   int64_t quant_min, int64_t quant_max,
                                                   std::optional<int64_t> channel_axis,
                                                   double grad_factor, double scale_min,
-                                                  double scale_max) {
+                                                  double scale_max, bool relu) {
   return backward_of(
       grad, x, scale,
-      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max});
+      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max, relu});
 }
 
 Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
@@ -312,17 +312,17 @@ Tensor with_gradient(const Tensor& x, const Tensor& scale, Forward forward,
 Tensor fake_quantize_autograd(const Tensor& x, const Tensor& scale, int64_t scale_row,
                               int64_t quant_min, int64_t quant_max,
                               std::optional<int64_t> channel_axis, double grad_factor,
-                              double scale_min, double scale_max) {
+                              double scale_min, double scale_max, bool relu) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_operator().call(x, scale, scale_row, quant_min, quant_max,
-                                             channel_axis, grad_factor, scale_min, scale_max);
+                                             channel_axis, grad_factor, scale_min, scale_max, relu);
       },
       [=](const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
         return fake_quantize_backward_operator().call(grad, saved_x, saved_scale, scale_row,
                                                       quant_min, quant_max, channel_axis,
-                                                      grad_factor, scale_min, scale_max);
+                                                      grad_factor, scale_min, scale_max, relu);
       });
 }
 
@@ -403,11 +403,12 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_autograd(const Tensor& grad, c
                                                            int64_t quant_min, int64_t quant_max,
                                                            std::optional<int64_t> channel_axis,
                                                            double grad_factor, double scale_min,
-                                                           double scale_max) {
+                                                           double scale_max, bool relu) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_backward_operator().call(grad, x, scale, scale_row, quant_min, quant_max,
-                                                  channel_axis, grad_factor, scale_min, scale_max);
+                                                  channel_axis, grad_factor, scale_min, scale_max,
+                                                  relu);
   };
   return without_derivative(compute(), {grad, x, scale});
 }
@@ -454,11 +455,12 @@ void refuse_vmap(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY(limpq, m) {
   m.def(
       "fake_quantize(Tensor x, Tensor scale, int scale_row, int quant_min, int quant_max, "
-      "int? channel_axis, float grad_factor, float scale_min, float scale_max) -> Tensor");
+      "int? channel_axis, float grad_factor, float scale_min, float scale_max, bool relu=False) "
+      "-> Tensor");
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, int scale_row, int quant_min, "
-      "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max) "
-      "-> (Tensor, Tensor)");
+      "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max, "
+      "bool relu=False) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_multi(Tensor x, Tensor scale, int[] scale_rows, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/fake_quantize.h"
 #if defined(LIMPQ_WITH_CUDA)
@@ -40,6 +41,13 @@ DataType data_type_of(const Tensor& x) {
       TORCH_CHECK_TYPE(false, "fake_quantize: x has dtype ", x.scalar_type(),
                        ", expected float32, float64, float16 or bfloat16");
   }
+}
+
+/// The lower threshold that gives relu's gradient as well: as 0 it rounds to 0, and it leaves v = 0
+/// outside, where relu passes no gradient. Normal, since denormal numbers may be flushed to 0.
+double just_above_zero(DataType dtype) {
+  return dtype == DataType::float64 ? std::numeric_limits<double>::min()
+                                    : double(std::numeric_limits<float>::min());
 }
 
 /// The channel axis counted from the front, checked.
@@ -86,6 +94,8 @@ void check_arguments(const Tensor& x, const Tensor& scale, const Quantization& h
     const int64_t quant_min = how.quant_mins[k], quant_max = how.quant_maxs[k];
     TORCH_CHECK_VALUE(quant_min <= 0 && quant_max > 0, "fake_quantize: thresholds are ", quant_min,
                       " and ", quant_max, ", expected quant_min <= 0 < quant_max");
+    TORCH_CHECK_VALUE(!how.relu || quant_min == 0, "fake_quantize: quant_min is ", quant_min,
+                      ", expected 0 with relu=True");
     TORCH_CHECK_VALUE(quant_min >= -largest_threshold && quant_max <= largest_threshold,
                       "fake_quantize: thresholds are ", quant_min, " and ", quant_max,
                       ", beyond the largest magnitude, ", largest_threshold);
@@ -149,7 +159,7 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
   problem.scale_rows = problem.channels == 0 ? 0 : scale.numel() / problem.channels;
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.scale_row[k] = how.scale_rows[k];
-    problem.quant_min[k] = double(how.quant_mins[k]);
+    problem.quant_min[k] = how.relu ? just_above_zero(problem.dtype) : double(how.quant_mins[k]);
     problem.quant_max[k] = double(how.quant_maxs[k]);
   }
   problem.scale_min = how.scale_min;

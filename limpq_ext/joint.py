@@ -3,10 +3,14 @@
 One step on a batch runs every searchable layer at each candidate bit-width in turn and then once
 more with bits drawn at random per layer; the gradients of these n + 1 branches add up to one
 optimizer step (LIMPQ, arXiv 2203.08368, section 3.3).
+
+What the branches have in common is computed once: the quantized weights (bank.py) and whatever
+comes before the first searchable layer (branches.py). The gradients are those of the plain loop.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bank import WeightBank
+from .branches import BranchGraph, UntraceableError
 from .indicators import Indicators, LayerIndicators
 from .layers import SwitchableBatchNorm
 from .prepare import quantized_layers
@@ -49,6 +55,12 @@ class JointTrainer:
         clip_value: Gradients are clipped to ``[-clip_value, clip_value]`` after they added up.
         seed: Of the random branch. The draw depends on the seed and the step alone, so it is the
             same in every process.
+        weight_bank: Quantize all weights once per step instead of in every branch. It takes memory
+            for each weight at each bit-width, see :class:`WeightBank`.
+        share_stem: Compute what comes before the first searchable layer once per step.
+        drop_relu: Let unsigned quantizers take over the ReLU in front of them.
+
+    A part that cannot be shared is computed in every branch; the first step warns and says why.
 
     Raises:
         ValueError: The model is not prepared, its layers have different candidates, or an argument
@@ -64,6 +76,9 @@ class JointTrainer:
         distill: bool = False,
         clip_value: float = 1.0,
         seed: int = 0,
+        weight_bank: bool = True,
+        share_stem: bool = True,
+        drop_relu: bool = True,
     ) -> None:
         self.layers = quantized_layers(model)
         if not self.layers:
@@ -87,12 +102,18 @@ class JointTrainer:
         self.distill = distill
         self.clip_value = clip_value
         self.seed = seed
+        self.weight_bank = weight_bank
+        self.share_stem = share_stem
+        self.drop_relu = drop_relu
         self.steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
         self._norms = [
             module for module in model.modules() if isinstance(module, SwitchableBatchNorm)
         ]
+        self._bank: WeightBank | None = None
+        self._graph: BranchGraph | None = None
+        self._started = False
 
     def step(self, x: Any, target: Any) -> JointStep:
         """Take one joint step on a batch; the model is put into training mode.
@@ -103,26 +124,26 @@ class JointTrainer:
         """
         if not self.model.training:
             self.model.train()
+        if not self._started:
+            self._start(x)
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        losses: dict[str, Tensor] = {}
-        teacher: Tensor | None = None
-        for branch, bits in self._branches(draw):
-            self._select(bits)
-            output = self.model(x)
-            if teacher is not None:
-                loss = F.cross_entropy(output, teacher)
-            else:
-                loss = self.loss_fn(output, target)
-                if self.distill:
-                    teacher = output.detach().softmax(dim=1)
-            loss.backward()
-            losses[branch] = loss.detach()
+        losses = self._accumulate(x, target, draw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_value_(parameters, self.clip_value)
         self.optimizer.step()
         self.steps += 1
         return JointStep(losses, draw)
+
+    @property
+    def shared(self) -> dict[str, bool | int]:
+        """What the branches share since the first step: "weight_bank", "stem", "dropped_relus"."""
+        graph = self._graph
+        return {
+            "weight_bank": self._bank is not None,
+            "stem": graph is not None and graph.stem is not None,
+            "dropped_relus": 0 if graph is None else graph.dropped_relus,
+        }
 
     def draw(self, step: int) -> dict[str, int]:
         """The bits that every layer draws for the random branch of a step."""
@@ -153,6 +174,64 @@ class JointTrainer:
             for name, layer in self.layers.items()
         )
         return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
+
+    def _start(self, x: Any) -> None:
+        """Find what the branches can share."""
+        unshared = []
+        if self.weight_bank:
+            try:
+                self._bank = WeightBank(self.layers)
+            except ValueError as error:
+                unshared.append(f"weights are quantized in every branch: {error}")
+        self._select(dict.fromkeys(self.layers, self.bits[0]))
+        if self.share_stem or self.drop_relu:
+            try:
+                self._graph = BranchGraph(
+                    self.model, x, share_stem=self.share_stem, drop_relu=self.drop_relu
+                )
+                if self._graph.reason:
+                    unshared.append(f"the stem is computed in every branch: {self._graph.reason}")
+            except UntraceableError as error:
+                unshared.append(f"the stem is computed in every branch: {error}")
+        for sentence in unshared:
+            warnings.warn(sentence, stacklevel=3)
+        self._started = True
+
+    def _accumulate(self, x: Any, target: Any, draw: dict[str, int]) -> dict[str, Tensor]:
+        """All branches forward and backward; their gradients add up. The losses by branch."""
+        losses: dict[str, Tensor] = {}
+        teacher: Tensor | None = None
+        shared: tuple[Any, ...] = (x,)
+        forward = self.model
+        if self._bank is not None:
+            self._bank.quantize()
+            torch.clear_autocast_cache()  # of the last step's quantized weights
+        if self._graph is not None:
+            forward = self._graph.rest
+            shared = self._graph.forward_stem(x, len(self.bits) + 1)
+        try:
+            for branch, bits in self._branches(draw):
+                self._select(bits)
+                if self._bank is not None:
+                    for name, layer in self.layers.items():
+                        layer.ready_weight = self._bank.weight(name, bits[name])
+                output = forward(*shared)
+                if teacher is not None:
+                    loss = F.cross_entropy(output, teacher)
+                else:
+                    loss = self.loss_fn(output, target)
+                    if self.distill:
+                        teacher = output.detach().softmax(dim=1)
+                loss.backward()
+                losses[branch] = loss.detach()
+        finally:
+            for layer in self.layers.values():
+                layer.ready_weight = None
+        if self._graph is not None:
+            self._graph.backward_stem()
+        if self._bank is not None:
+            self._bank.backward()
+        return losses
 
     def _branches(self, draw: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
         for bits in self.bits:

@@ -32,6 +32,8 @@ class LsqQuantizer(nn.Module):
         name: What errors call this quantizer.
 
     Attributes:
+        relu: Whether ``relu(x)`` is quantized instead of ``x``, in the same pass and with the same
+            gradients; only an unsigned quantizer can.
         scale: Parameter, ``[len(bits)]`` or ``[len(bits), channels]``: the step sizes.
         initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
 
@@ -61,6 +63,7 @@ class LsqQuantizer(nn.Module):
         self.scale_min = scale_min
         self.scale_max = scale_max
         self.name = name
+        self.relu = False
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("initialized", torch.zeros(len(self.bits), dtype=torch.bool))
@@ -110,7 +113,7 @@ class LsqQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` at the selected bit-width: the same shape, dtype and memory format."""
         if not self._ready[self._index]:
-            self._start(x)
+            self._start(x.relu() if self.relu else x)
         quant_min, quant_max = self.thresholds(self.selected_bits)
         return fake_quantize(
             x,
@@ -122,6 +125,7 @@ class LsqQuantizer(nn.Module):
             lsq_grad_factor(x, quant_max, self.channel_axis),
             self.scale_min,
             self.scale_max,
+            self.relu,
         )
 
     def values(self) -> dict[int, float]:
