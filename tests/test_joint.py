@@ -12,8 +12,15 @@ from limpq_ext.layers import SwitchableBatchNorm
 from limpq_ext.models import CifarResNet
 
 BITS = (2, 4, 6)
+
+
+def resnet():
+    pytest.importorskip("torchvision")
+    return CifarResNet(1, num_classes=5, width=4)
+
+
 NETWORKS = {
-    "resnet": lambda: CifarResNet(1, num_classes=5, width=4),
+    "resnet": resnet,
     "depthwise": Depthwise,
     "no_norm": NoNorm,
     "shared": Shared,
@@ -58,6 +65,7 @@ def assert_close(name, ours, reference):
     assert float((ours - reference).abs().max() / scale) < 1e-9, name
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("distill", [False, True])
 def test_gradients_and_statistics_equal_a_plain_loop_over_an_eager_model(network, distill):
@@ -97,6 +105,7 @@ def test_gradients_and_statistics_equal_a_plain_loop_over_an_eager_model(network
             )
 
 
+@pytest.mark.usefixtures("device")
 def test_every_scale_gets_a_gradient_and_losses_are_named():
     model, x, target = problem("resnet")
     trainer = trainer_of(model, x)
@@ -119,6 +128,7 @@ def test_the_random_draw_depends_on_seed_and_step_alone():
     assert {bits for draw in drawn for bits in draw.values()} == set(BITS)
 
 
+@pytest.mark.usefixtures("device")
 def test_gradients_are_clipped_after_they_added_up():
     model, x, target = problem()
     free, clipped = (
@@ -131,6 +141,7 @@ def test_gradients_are_clipped_after_they_added_up():
         assert torch.equal(ours.grad, reference.grad.clamp(-1e-3, 1e-3))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_parameter_without_a_gradient_is_not_touched():
     model, x, target = problem()
     model.register_parameter("idle", nn.Parameter(torch.ones(3)))
@@ -141,6 +152,7 @@ def test_a_parameter_without_a_gradient_is_not_touched():
     assert prepared.idle.grad is None
 
 
+@pytest.mark.usefixtures("device")
 def test_two_runs_end_with_the_same_bits():
     def run():
         model, x, target = problem("resnet")
@@ -153,6 +165,7 @@ def test_two_runs_end_with_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("device")
 def test_indicators_are_the_scales_in_use():
     model, x, target = problem("resnet")
     trainer = trainer_of(model, x)
