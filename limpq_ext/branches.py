@@ -180,9 +180,9 @@ def _drop_relus(graph_module: fx.GraphModule) -> int:
 
     def layer_of(user: fx.Node, relu: fx.Node) -> QuantizedLayer | None:
         module = modules.get(str(user.target)) if user.op == "call_module" else None
-        takes_it = isinstance(module, QuantizedLayer) and user.args[:1] == (relu,)
-        fits = takes_it and user.all_input_nodes == [relu] and not module.input_quantizer.signed
-        return module if fits else None
+        if not isinstance(module, QuantizedLayer) or module.input_quantizer.signed:
+            return None
+        return module if user.args[:1] == (relu,) and user.all_input_nodes == [relu] else None
 
     relus = {
         node
@@ -276,13 +276,15 @@ def _cut(
         and node.op != "get_attr"
         and any(user not in inside for user in node.users)
     ]
-    stem, copies = fx.Graph(), {}
+    copies: dict[fx.Node, fx.Node] = {}
+    stem = fx.Graph()
     for node in nodes:
         if node in inside or node.op == "placeholder":
             copies[node] = stem.node_copy(node, lambda source: copies[source])
     stem.output(tuple(copies[node] for node in boundary))
 
-    rest, copies = fx.Graph(), {}
+    copies = {}
+    rest = fx.Graph()
     for node in boundary:
         copies[node] = rest.placeholder(node.name)
     for node in nodes:
@@ -343,6 +345,7 @@ def _counting_for(norms: Sequence[_NormBase], branches: int) -> Iterator[None]:
     momenta = [norm.momentum for norm in updating]
     for norm in updating:
         if norm.momentum is None:
+            assert norm.num_batches_tracked is not None
             norm.momentum = branches / (int(norm.num_batches_tracked) + branches)
         else:
             norm.momentum = 1 - (1 - norm.momentum) ** branches
@@ -351,7 +354,8 @@ def _counting_for(norms: Sequence[_NormBase], branches: int) -> Iterator[None]:
     finally:
         for norm, momentum in zip(updating, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked += branches - 1
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.add_(branches - 1)
 
 
 def _leaf(value: Any) -> Any:

@@ -244,14 +244,24 @@ class SwitchableBatchNorm(_BatchNorm):
 def _in_place_of(module: nn.Module, **tensors: Tensor | None) -> Iterator[None]:
     """Let ``module.name`` be another tensor for a while.
 
-    An entry of the instance's ``__dict__`` is found before nn.Module looks into its parameters.
+    The tensor goes where the module keeps its own one: torch.compile can follow that.
     """
-    module.__dict__.update(tensors)
+    own = {name: getattr(module, name) for name in tensors}
+    _put(module, tensors)
     try:
         yield
     finally:
-        for name in tensors:
-            del module.__dict__[name]
+        _put(module, own)
+
+
+def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if name in module._parameters:
+            module._parameters[name] = tensor
+        elif name in module._buffers:
+            module._buffers[name] = tensor
+        else:
+            module.__dict__[name] = tensor
 
 
 def _with_class(module: nn.Module, cls: type[nn.Module]) -> Any:

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
 from networks import Depthwise, NoNorm, PreActivation, Shared
 from torch import nn
@@ -13,10 +12,22 @@ from limpq_ext.layers import SwitchableBatchNorm
 from limpq_ext.models import CifarResNet
 
 BITS = (2, 4, 6)
+
+
+def resnet():
+    pytest.importorskip("torchvision")
+    return CifarResNet(1, num_classes=5, width=4)
+
+
+def torchvision_model(name, **options):
+    torchvision = pytest.importorskip("torchvision")
+    return getattr(torchvision.models, name)(num_classes=5, **options)
+
+
 NETWORKS = {
-    "resnet": lambda: CifarResNet(1, num_classes=5, width=4),
-    "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
-    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=5, dropout=0.0),
+    "resnet": resnet,
+    "resnet18": lambda: torchvision_model("resnet18"),
+    "mobilenet_v2": lambda: torchvision_model("mobilenet_v2", dropout=0.0),
     "depthwise": Depthwise,
     "no_norm": NoNorm,
     "shared": Shared,
@@ -66,22 +77,26 @@ EXECUTIONS = {
 }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_gradients_and_statistics_equal_a_plain_loop_over_an_eager_model(network, execution):
     compare_with_plain_loop(network, torch.float64, 1e-9, **EXECUTIONS[execution])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_distillation_equals_a_plain_loop_over_an_eager_model(network):
     compare_with_plain_loop(network, torch.float64, 1e-9, distill=True)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_float32_gradients_are_close_to_those_of_a_plain_loop(network):
     compare_with_plain_loop(network, torch.float32, 1e-4)
 
 
+@pytest.mark.usefixtures("device")
 def test_what_can_be_shared_is_shared():
     model, x, target = problem("resnet")
     trainer = trainer_of(model, x)
@@ -136,6 +151,7 @@ def compare_with_plain_loop(network, dtype, tolerance, distill=False, **options)
             torch.testing.assert_close(trainer.model.get_buffer(name), value, msg=name, **exact)
 
 
+@pytest.mark.usefixtures("device")
 def test_every_scale_gets_a_gradient_and_losses_are_named():
     model, x, target = problem("resnet")
     trainer = trainer_of(model, x)
@@ -158,6 +174,7 @@ def test_the_random_draw_depends_on_seed_and_step_alone():
     assert {bits for draw in drawn for bits in draw.values()} == set(BITS)
 
 
+@pytest.mark.usefixtures("device")
 def test_gradients_are_clipped_after_they_added_up():
     model, x, target = problem()
     free, clipped = (
@@ -170,6 +187,7 @@ def test_gradients_are_clipped_after_they_added_up():
         assert torch.equal(ours.grad, reference.grad.clamp(-1e-3, 1e-3))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_parameter_without_a_gradient_is_not_touched():
     model, x, target = problem()
     model.register_parameter("idle", nn.Parameter(torch.ones(3)))
@@ -180,6 +198,7 @@ def test_a_parameter_without_a_gradient_is_not_touched():
     assert prepared.idle.grad is None
 
 
+@pytest.mark.usefixtures("device")
 def test_two_runs_end_with_the_same_bits():
     def run():
         model, x, target = problem("resnet")
@@ -192,6 +211,7 @@ def test_two_runs_end_with_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("device")
 def test_indicators_are_the_scales_in_use():
     model, x, target = problem("resnet")
     trainer = trainer_of(model, x)
