@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     others = timing.OtherProcesses()
     results = []
     # The steps come first: their peak memory is measured with the C library's own settings.
-    shapes = {} if options.no_joint_step or options.quick else joint_step.SHAPES
-    for name, shape in shapes.items():
-        if options.only in name:
-            print(name, file=sys.stderr)
-            results.append(joint_step.measure_steps(*shape, device=options.device))
+    shapes = () if options.no_joint_step or options.quick else joint_step.SHAPES[options.device]
+    for shape in shapes:
+        if options.only in shape.name:
+            print(shape.name, file=sys.stderr)
+            results.append(joint_step.measure_steps(shape, device=options.device))
     if options.device == "cpu":
         run["keeps_freed_memory"] = timing.keep_freed_memory()
     left_out = []

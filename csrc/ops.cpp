@@ -127,6 +127,79 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
       {scale_rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max});
 }
 
+// --- one problem whose bit-width a tensor names --------------------------------------------------
+
+/// The candidates of a call that uses one of them, and which.
+struct Candidates {
+  c10::SmallVector<int64_t, max_bit_widths> rows;
+  Quantization all;
+
+  Candidates(at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+             at::ArrayRef<double> grad_factors, std::optional<int64_t> channel_axis,
+             double scale_min, double scale_max, bool relu)
+      : rows(quant_mins.size()),
+        all{rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max, relu} {
+    for (size_t k = 0; k < rows.size(); ++k) rows[k] = int64_t(k);
+    all.scale_rows = rows;
+  }
+  Candidates(const Candidates&) = delete;
+  Candidates& operator=(const Candidates&) = delete;
+
+  Quantization only(int64_t k) const {
+    Quantization one = all;
+    one.scale_rows = all.scale_rows.slice(k, 1);
+    one.quant_mins = all.quant_mins.slice(k, 1);
+    one.quant_maxs = all.quant_maxs.slice(k, 1);
+    one.grad_factors = all.grad_factors.slice(k, 1);
+    return one;
+  }
+};
+
+void check_candidates(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                      const Candidates& candidates) {
+  check_arguments(x, scale, candidates.all);
+  check_bit_widths(candidates.all);
+  TORCH_CHECK_TYPE(selected.scalar_type() == at::kLong,
+                   "fake_quantize_selected: selected has dtype ", selected.scalar_type(),
+                   ", expected int64");
+  TORCH_CHECK_VALUE(selected.numel() == 1, "fake_quantize_selected: selected has shape ",
+                    selected.sizes(), ", expected one element");
+  TORCH_CHECK_VALUE(selected.device() == x.device(), "fake_quantize_selected: selected is on ",
+                    selected.device(), " and x on ", x.device());
+}
+
+/// Which bit-width is meant, where reading it costs nothing.
+int64_t selected_on_cpu(const Tensor& selected, const Candidates& candidates) {
+  const int64_t k = *selected.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(k >= 0 && k < candidates.all.count(), "fake_quantize_selected: selected is ", k,
+                    ", expected 0 to ", candidates.all.count() - 1);
+  return k;
+}
+
+Tensor fake_quantize_selected(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                              at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+                              std::optional<int64_t> channel_axis,
+                              at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+                              bool relu) {
+  const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
+                              scale_max, relu);
+  check_candidates(x, scale, selected, candidates);
+  const Tensor x_dense = as_dense(x);
+  const Tensor y = empty_as(x_dense);
+  forward_into(y, 0, x_dense, scale, candidates.only(selected_on_cpu(selected, candidates)));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_selected_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
+    at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+  const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
+                              scale_max, relu);
+  check_candidates(x, scale, selected, candidates);
+  return backward_of(grad, x, scale, candidates.only(selected_on_cpu(selected, candidates)));
+}
+
 // --- a problem for each part of the batch axis --------------------------------------------------
 
 void check_parts(const Tensor& x, const Tensor& scale, const Quantization& how) {
@@ -242,6 +315,8 @@ LIMPQ_OPERATOR(fake_quantize)
 LIMPQ_OPERATOR(fake_quantize_backward)
 LIMPQ_OPERATOR(fake_quantize_multi)
 LIMPQ_OPERATOR(fake_quantize_multi_backward)
+LIMPQ_OPERATOR(fake_quantize_selected)
+LIMPQ_OPERATOR(fake_quantize_selected_backward)
 LIMPQ_OPERATOR(fake_quantize_grouped)
 LIMPQ_OPERATOR(fake_quantize_grouped_backward)
 #undef LIMPQ_OPERATOR
@@ -349,6 +424,27 @@ Tensor fake_quantize_multi_autograd(const Tensor& x, const Tensor& scale,
       });
 }
 
+Tensor fake_quantize_selected_autograd(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                                       at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+                                       std::optional<int64_t> channel_axis,
+                                       at::ArrayRef<double> grad_factors, double scale_min,
+                                       double scale_max, bool relu) {
+  return with_gradient(
+      x, scale,
+      [&] {
+        return fake_quantize_selected_operator().call(x, scale, selected, quant_mins, quant_maxs,
+                                                      channel_axis, grad_factors, scale_min,
+                                                      scale_max, relu);
+      },
+      [=, index = SavedVariable(selected, /*is_output=*/false), mins = quant_mins.vec(),
+       maxs = quant_maxs.vec(), factors = grad_factors.vec()](
+          const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
+        return fake_quantize_selected_backward_operator().call(
+            grad, saved_x, saved_scale, index.unpack(), mins, maxs, channel_axis, factors,
+            scale_min, scale_max, relu);
+      });
+}
+
 Tensor fake_quantize_grouped_autograd(const Tensor& x, const Tensor& scale,
                                       at::IntArrayRef scale_rows, at::IntArrayRef quant_mins,
                                       at::IntArrayRef quant_maxs,
@@ -429,6 +525,19 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward_autograd(
   return without_derivative(compute(), inputs);
 }
 
+std::tuple<Tensor, Tensor> fake_quantize_selected_backward_autograd(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
+    at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return fake_quantize_selected_backward_operator().call(grad, x, scale, selected, quant_mins,
+                                                           quant_maxs, channel_axis, grad_factors,
+                                                           scale_min, scale_max, relu);
+  };
+  return without_derivative(compute(), {grad, x, scale});
+}
+
 std::tuple<Tensor, Tensor> fake_quantize_grouped_backward_autograd(
     const Tensor& grad, const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
     at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
@@ -462,6 +571,14 @@ TORCH_LIBRARY(limpq, m) {
       "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max, "
       "bool relu=False) -> (Tensor, Tensor)");
   m.def(
+      "fake_quantize_selected(Tensor x, Tensor scale, Tensor selected, int[] quant_mins, "
+      "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
+      "float scale_max, bool relu=False) -> Tensor");
+  m.def(
+      "fake_quantize_selected_backward(Tensor grad, Tensor x, Tensor scale, Tensor selected, "
+      "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[] grad_factors, "
+      "float scale_min, float scale_max, bool relu=False) -> (Tensor, Tensor)");
+  m.def(
       "fake_quantize_multi(Tensor x, Tensor scale, int[] scale_rows, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
       "float scale_max) -> Tensor");
@@ -482,6 +599,8 @@ TORCH_LIBRARY(limpq, m) {
 TORCH_LIBRARY_IMPL(limpq, CPU, m) {
   m.impl("fake_quantize", fake_quantize);
   m.impl("fake_quantize_backward", fake_quantize_backward);
+  m.impl("fake_quantize_selected", fake_quantize_selected);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward);
   m.impl("fake_quantize_multi", fake_quantize_multi);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward);
   m.impl("fake_quantize_grouped", fake_quantize_grouped);
@@ -492,6 +611,8 @@ TORCH_LIBRARY_IMPL(limpq, CPU, m) {
 TORCH_LIBRARY_IMPL(limpq, CUDA, m) {
   m.impl("fake_quantize", fake_quantize);
   m.impl("fake_quantize_backward", fake_quantize_backward);
+  m.impl("fake_quantize_selected", fake_quantize_selected);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward);
   m.impl("fake_quantize_multi", fake_quantize_multi);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward);
   m.impl("fake_quantize_grouped", fake_quantize_grouped);
@@ -502,6 +623,8 @@ TORCH_LIBRARY_IMPL(limpq, CUDA, m) {
 TORCH_LIBRARY_IMPL(limpq, Autograd, m) {
   m.impl("fake_quantize", fake_quantize_autograd);
   m.impl("fake_quantize_backward", fake_quantize_backward_autograd);
+  m.impl("fake_quantize_selected", fake_quantize_selected_autograd);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward_autograd);
   m.impl("fake_quantize_multi", fake_quantize_multi_autograd);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward_autograd);
   m.impl("fake_quantize_grouped", fake_quantize_grouped_autograd);
@@ -509,9 +632,10 @@ TORCH_LIBRARY_IMPL(limpq, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(limpq, FuncTorchBatched, m) {
-  for (const char* name : {"fake_quantize", "fake_quantize_backward", "fake_quantize_multi",
-                           "fake_quantize_multi_backward", "fake_quantize_grouped",
-                           "fake_quantize_grouped_backward"}) {
+  for (const char* name :
+       {"fake_quantize", "fake_quantize_backward", "fake_quantize_selected",
+        "fake_quantize_selected_backward", "fake_quantize_multi", "fake_quantize_multi_backward",
+        "fake_quantize_grouped", "fake_quantize_grouped_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
   }
 }

@@ -111,6 +111,7 @@ class JointTrainer:
         self._norms = [
             module for module in model.modules() if isinstance(module, SwitchableBatchNorm)
         ]
+        self._norm_rows: list[_NormRows] = []
         self._bank: WeightBank | None = None
         self._graph: BranchGraph | None = None
         self._started = False
@@ -195,6 +196,7 @@ class JointTrainer:
                 unshared.append(f"the stem is computed in every branch: {error}")
         for sentence in unshared:
             warnings.warn(sentence, stacklevel=3)
+        self._norm_rows = [_NormRows(norm) for norm in self._norms]
         self._started = True
 
     def _accumulate(self, x: Any, target: Any, draw: dict[str, int]) -> dict[str, Tensor]:
@@ -206,6 +208,11 @@ class JointTrainer:
         if self._bank is not None:
             self._bank.quantize()
             torch.clear_autocast_cache()  # of the last step's quantized weights
+        self._norm_rows = [
+            rows if rows.is_current() else _NormRows(rows.norm) for rows in self._norm_rows
+        ]
+        for rows in self._norm_rows:
+            rows.norm.ready_rows = rows.rows
         if self._graph is not None:
             forward = self._graph.rest
             shared = self._graph.forward_stem(x, len(self.bits) + 1)
@@ -227,10 +234,14 @@ class JointTrainer:
         finally:
             for layer in self.layers.values():
                 layer.ready_weight = None
+            for norm in self._norms:
+                norm.ready_rows = None
         if self._graph is not None:
             self._graph.backward_stem()
         if self._bank is not None:
             self._bank.backward()
+        for rows in self._norm_rows:
+            rows.collect()
         return losses
 
     def _branches(self, draw: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
@@ -243,3 +254,41 @@ class JointTrainer:
             layer.select(bits[name], bits[name])
         for norm in self._norms:
             norm.select(bits[norm.source])
+
+
+class _NormRows:
+    """The rows of a switchable batch normalisation, cut once instead of in every pass.
+
+    The rows of its parameters are leaves; ``collect()`` hands their gradients on.
+    """
+
+    def __init__(self, norm: SwitchableBatchNorm) -> None:
+        self.norm = norm
+        self.rows = [norm.row(index) for index in range(len(norm.bits))]
+        self._parameters = dict(norm.named_parameters(recurse=False))
+        self._addresses = self._now()
+        self._leaves = {
+            name: [row.requires_grad_(parameter.requires_grad) for row in parameter.detach()]
+            for name, parameter in self._parameters.items()
+        }
+        for name, leaves in self._leaves.items():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                row[name] = leaf
+
+    def is_current(self) -> bool:
+        """Whether the rows still are views of the module's tensors."""
+        return self._now() == self._addresses
+
+    def collect(self) -> None:
+        """Give the parameters the gradients of their rows; none where no row has one."""
+        for name, leaves in self._leaves.items():
+            if any(leaf.grad is not None for leaf in leaves):
+                self._parameters[name].grad = torch.stack(
+                    [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+                )
+            for leaf in leaves:
+                leaf.grad = None
+
+    def _now(self) -> list[tuple[int, bool]]:
+        tensors = (*self.norm.parameters(recurse=False), *self.norm.buffers(recurse=False))
+        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]

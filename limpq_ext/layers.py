@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -174,6 +175,8 @@ class SwitchableBatchNorm(_BatchNorm):
         source: Name of the layer that feeds this one and whose bits choose the row.
         ready_rows: The tensors of each row where they were taken before, as a joint step does;
             None: ``forward`` takes them.
+        selected: As for :class:`LsqQuantizer`: a tensor that chooses the row instead of
+            ``select()``.
 
     Source:
         Yu et al., "Slimmable Neural Networks", arXiv 1812.08928; used by LIMPQ for bit-widths.
@@ -182,6 +185,7 @@ class SwitchableBatchNorm(_BatchNorm):
     bits: tuple[int, ...]
     source: str
     ready_rows: Sequence[dict[str, Tensor | None]] | None = None
+    selected: Tensor | None = None
     _row: int
 
     _stacked = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -219,9 +223,27 @@ class SwitchableBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """The float class's own forward with the selected row in the place of each tensor."""
+        if self.selected is not None:
+            return self._forward_selected(input, self.selected)
         row = self.row(self._row) if self.ready_rows is None else self.ready_rows[self._row]
         with _in_place_of(self, **row):
             return super().forward(input)
+
+    def _forward_selected(self, input: Tensor, selected: Tensor) -> Tensor:
+        index = selected.reshape(1)
+        row = {
+            name: None if value is None else value.index_select(0, index).squeeze(0)
+            for name in self._stacked
+            for value in (getattr(self, name),)
+        }
+        with _in_place_of(self, **row):
+            output = super().forward(input)
+        with torch.no_grad():
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                updated = row[name]
+                if updated is not None and self.training:
+                    getattr(self, name).index_copy_(0, index, updated.unsqueeze(0))
+        return output
 
     def row(self, index: int) -> dict[str, Tensor | None]:
         """The tensors of the ``index``-th bit-width, views, by name."""

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from networks import PaddedConv2d, StandardizedConv2d
 from torch import nn
 from torch.nn import functional as F
@@ -234,3 +235,58 @@ def test_a_switchable_batch_norm_compiles_without_a_graph_break():
     assert torch.equal(torch.compile(twin, fullgraph=True, backend="aot_eager")(x), norm(x))
     for name, value in norm.state_dict().items():
         assert torch.equal(twin.state_dict()[name], value)
+
+
+class Searchable(nn.Module):
+    """A searchable convolution and the batch norm that follows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = quantize_layer(nn.Conv2d(4, 6, 3), (2, 4, 6), (2, 4, 6), name="conv")
+        self.norm = SwitchableBatchNorm.from_float(nn.BatchNorm2d(6), (2, 4, 6), "conv")
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def select(self, bits):
+        self.conv.select(bits, bits)
+        self.norm.select(bits)
+
+    def select_by(self, tensor):
+        for module in (self.conv.weight_quantizer, self.conv.input_quantizer, self.norm):
+            module.selected = tensor
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tensor_selects_the_bits_as_select_does_with_one_graph_for_all(compiled):
+    block, x = Searchable().train(), torch.randn(2, 4, 8, 8)
+    for bits in (2, 4, 6):
+        block.select(bits)
+        block(x)
+    twin, selected = copy.deepcopy(block), torch.zeros((), dtype=torch.int64)
+    twin.select_by(selected)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(twin, fullgraph=True, backend=counter) if compiled else twin
+    for place, bits in enumerate((2, 4, 6)):
+        block.select(bits)
+        selected.fill_(place)
+        y, expected = run(x), block(x)
+        assert torch.equal(y, expected)
+        for ours, reference in zip(
+            torch.autograd.grad(y.square().sum(), list(twin.parameters())),
+            torch.autograd.grad(expected.square().sum(), list(block.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, reference)
+        for name, value in block.state_dict().items():
+            assert torch.equal(twin.state_dict()[name], value), name
+    if compiled:
+        assert counter.frame_count == 1
+
+
+def test_a_tensor_cannot_select_before_all_start_values_are_there():
+    block = Searchable().train()
+    block.select_by(torch.tensor(0))
+    with pytest.raises(RuntimeError, match="input quantizer has not all its start values"):
+        block(torch.randn(2, 4, 8, 8))

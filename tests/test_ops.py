@@ -404,12 +404,17 @@ def operator_samples():
         last = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_(wants)
         yield ops.fake_quantize, (leaf, s, *one)
         yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
+        yield ops.fake_quantize_selected, (leaf, s, torch.tensor(1), *many[1:])
         yield ops.fake_quantize_multi, (leaf, s, *many)
         yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
         yield ops.fake_quantize_grouped, (leaf, s, *many)
         yield ops.fake_quantize_grouped, (last, c, [0, 0], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2)
         yield ops.fake_quantize_grouped, (leaf.mT, s, [1, 0, 1], *[[-4] * 3, [3] * 3], *thirds)
     yield ops.fake_quantize_backward, (torch.randn(4, 6), x, scale, *one)
+    yield (
+        ops.fake_quantize_selected_backward,
+        (torch.randn(4, 6), x, scale, torch.tensor(1), *many[1:]),
+    )
     yield ops.fake_quantize_multi_backward, ([torch.randn(4, 6), None], x, scale, *many)
     yield ops.fake_quantize_grouped_backward, (torch.randn(4, 6), x, scale, *many)
     grad, per_axis = torch.randn_like(last), ([0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
@@ -424,7 +429,7 @@ def operator_samples():
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("sample", range(21))
+@pytest.mark.parametrize("sample", range(24))
 def test_opcheck(sample):
     operator, arguments = list(operator_samples())[sample]
     torch.library.opcheck(operator.default, arguments)
@@ -675,3 +680,77 @@ def test_wrong_gradients_are_named():
 def test_devices_that_differ_are_named():
     with pytest.raises(ValueError, match="x is on cuda:0 and scale on cpu"):
         lsq_fake_quantize(torch.ones(3, device="cuda"), torch.tensor(0.1), -8, 7)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_in_the_quantizer_is_relu_in_front_of_it(dtype):
+    x = torch.randn(4099).to(dtype)
+    x[::7] = 0.0
+    x[1::7] = -0.0
+    x[2::97] = math.inf
+    x[3::97] = -math.inf
+    x[4::97] = math.nan
+    x[5::97] = 1e-30
+    scale = torch.tensor([0.1, 0.7], dtype=compute_dtype(dtype))
+    grad = torch.randn(4099).to(dtype)
+
+    def run(relu):
+        leaf, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        given = leaf if relu else leaf.relu()
+        y = torch.ops.limpq.fake_quantize(
+            given, step, 1, 0, 7, None, 0.5, 1e-5, math.inf, relu=relu
+        )
+        return (y, *torch.autograd.grad(y, (leaf, step), grad))
+
+    for fused, composed in zip(run(True), run(False), strict=True):
+        # -0.0 equals 0.0 here: which of them relu gives depends on the device.
+        assert torch.equal(fused.nan_to_num(7.0), composed.nan_to_num(7.0))
+
+
+def test_relu_in_the_quantizer_needs_an_unsigned_range():
+    x, scale = torch.randn(3), torch.ones(1)
+    with pytest.raises(ValueError, match="quant_min is -8, expected 0 with relu=True"):
+        torch.ops.limpq.fake_quantize(x, scale, 0, -8, 7, None, 1.0, 1e-5, math.inf, relu=True)
+
+
+CANDIDATES = {"quant_mins": [0, 0, 0], "quant_maxs": [3, 15, 63]}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu):
+    x = torch.randn(5, 7, 33).to(dtype).requires_grad_()
+    shape = (3,) if axis is None else (3, 7)
+    scale = (torch.rand(shape, dtype=compute_dtype(dtype)) + 0.1).requires_grad_()
+    grad = torch.randn(5, 7, 33).to(dtype)
+    factors, ops = [1.0, 0.5, 0.25], torch.ops.limpq
+    for k, (low, high) in enumerate(zip(*CANDIDATES.values(), strict=True)):
+        plain = ops.fake_quantize(
+            x, scale, k, low, high, axis, factors[k], 1e-5, math.inf, relu=relu
+        )
+        chosen = ops.fake_quantize_selected(
+            x, scale, torch.tensor([k]), *CANDIDATES.values(), axis, factors, 1e-5, math.inf, relu
+        )
+        expected = (plain, *torch.autograd.grad(plain, (x, scale), grad))
+        for ours, reference in zip(
+            (chosen, *torch.autograd.grad(chosen, (x, scale), grad)), expected, strict=True
+        ):
+            assert_same_bits(ours.detach(), reference.detach())
+
+
+@pytest.mark.parametrize(
+    ("selected", "error", "message"),
+    [
+        (torch.tensor(3), IndexError, "selected is 3, expected 0 to 2"),
+        (torch.tensor(-1), IndexError, "selected is -1, expected 0 to 2"),
+        (torch.tensor(1.0), TypeError, "selected has dtype Float, expected int64"),
+        (torch.tensor([0, 1]), ValueError, r"selected has shape \[2\], expected one element"),
+    ],
+)
+def test_a_wrong_selection_is_named(selected, error, message):
+    arguments = (*CANDIDATES.values(), None, [1.0] * 3, 1e-5, math.inf)
+    with pytest.raises(error, match=message):
+        torch.ops.limpq.fake_quantize_selected(torch.randn(3), torch.ones(3), selected, *arguments)
