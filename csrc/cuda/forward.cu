@@ -5,7 +5,7 @@
 namespace limpq::cuda {
 
 void fake_quantize_forward(const ForwardProblem* problems, int64_t count, CUstream_st* stream) {
-  for (int64_t i = 0; i < count; ++i) dispatch_forward(problems[i], launcher(stream));
+  dispatch_forward(problems, count, launcher(stream));
 }
 
 }  // namespace limpq::cuda

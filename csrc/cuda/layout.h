@@ -40,6 +40,19 @@ inline unsigned checked_unsigned(int64_t value, const char* what) {
   return static_cast<unsigned>(value);
 }
 
+inline int element_bytes(DataType dtype) {
+  switch (dtype) {
+    case DataType::float32:
+      return 4;
+    case DataType::float64:
+      return 8;
+    case DataType::float16:
+    case DataType::bfloat16:
+      return 2;
+  }
+  return 0;
+}
+
 /// Contiguous memory with one scale is one row.
 template <typename AnyProblem>
 AnyProblem collapse(AnyProblem problem) {
