@@ -439,6 +439,7 @@ struct BackwardLayout {
   int group_channels = 0;
   int shared_bytes = 0;
   SumTree tree{1};
+  // One of these is in use.
   RowsLayout rows;
   ColumnsLayout column;
 
@@ -451,12 +452,10 @@ struct BackwardLayout {
 
   /// What the caller has to provide, whatever its pointers will be.
   static int64_t workspace_bytes(const BackwardProblem& problem) {
-    return std::max(BackwardLayout(problem, true, true).workspace_bytes(),
-                    BackwardLayout(problem, false, false).workspace_bytes());
+    return most(problem, [](const BackwardLayout& layout) { return layout.workspace_bytes(); });
   }
   static int64_t counter_bytes(const BackwardProblem& problem) {
-    return std::max(BackwardLayout(problem, true, true).counter_bytes(),
-                    BackwardLayout(problem, false, false).counter_bytes());
+    return most(problem, [](const BackwardLayout& layout) { return layout.counter_bytes(); });
   }
 
   /// Problems of one kind run in one launch.
@@ -476,18 +475,16 @@ struct BackwardLayout {
       : problem(with_gradients(collapse(original))),
         columns(by_columns(problem)),
         pack(1),
-        aligned(alike),
-        rows(problem, 16 / element_bytes(problem.dtype), backward_rows_block, 1, longest_float_sum),
-        column(problem, 1, backward_columns_block, step_rows(problem.dtype), 1, longest_float_sum) {
+        aligned(alike) {
     const int widest = 16 / element_bytes(problem.dtype);
     const int compute_bytes = problem.dtype == DataType::float64 ? 8 : 4;
     if (columns) {
       const int wide_bytes = problem.count * widest * backward_columns_block * compute_bytes;
       if (alike && at_16 && problem.channels % widest == 0 && wide_bytes <= shared_limit) {
         pack = widest;
-        column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
-                               longest_float_sum);
       }
+      column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
+                             longest_float_sum);
       blocks = column.blocks();
       groups = column.groups;
       group_channels = column.width * pack;
@@ -495,6 +492,7 @@ struct BackwardLayout {
       shared_bytes = problem.count * pack * backward_columns_block * compute_bytes;
     } else {
       pack = widest;
+      rows = RowsLayout(problem, pack, backward_rows_block, 1, longest_float_sum);
       blocks = rows.blocks();
       groups = rows.groups;
       group_channels = backward_rows_block / rows.team;
@@ -508,6 +506,14 @@ struct BackwardLayout {
   }
 
  private:
+  /// The most over all alignments.
+  template <typename Bytes>
+  static int64_t most(const BackwardProblem& problem, Bytes&& bytes_of) {
+    const BackwardLayout scalars(problem, false, false);
+    if (!scalars.columns) return bytes_of(scalars);  // the cut of rows does not depend on it
+    return std::max(bytes_of(scalars), bytes_of(BackwardLayout(problem, true, true)));
+  }
+
   static int step_rows(DataType dtype) {
     return element_bytes(dtype) == 2 ? column_rows<__half> : column_rows<float>;
   }

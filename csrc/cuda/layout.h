@@ -80,6 +80,8 @@ struct RowsLayout {
 
   int64_t blocks() const { return int64_t(groups) * pieces * chunks; }
 
+  RowsLayout() = default;
+
   /// `packs_per_thread`: how many packs a thread takes, at least and at most.
   RowsLayout(const Problem& problem, int pack, int block, int64_t fewest, int64_t most) {
     const int64_t row_packs = ceil_div(problem.inner, pack) + 1;  // one more where it is misaligned
@@ -105,6 +107,8 @@ struct ColumnsLayout {
   unsigned chunks;
 
   int64_t blocks() const { return int64_t(groups) * chunks; }
+
+  ColumnsLayout() = default;
 
   /// A thread takes from `fewest` to `most` steps of `step_rows` rows each.
   ColumnsLayout(const Problem& problem, int pack, int block, int step_rows, int64_t fewest,

@@ -15,6 +15,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace limpq::cuda {
@@ -133,9 +134,6 @@ class Trial {
     fill_x();
     fill_gradients();
   }
-
-  using Element = T;
-  const Case& description() const { return case_; }
 
   /// What one call writes.
   struct Forward {
@@ -568,7 +566,7 @@ TYPED_TEST(Kernels, ScalesAtAndBeyondTheGuard) {
 }
 
 TYPED_TEST(Kernels, PartsOfOneTensor) {
-  for (const int64_t size : {0, 1, 255, 4099}) {
+  for (const int64_t size : {0, 1, 3, 31, 255, 1023, 4099}) {
     const int launches = size == 0 ? 0 : 1;
     this->check_list(this->parts(3, {.inner = size}), {.forward = launches});
   }
@@ -577,7 +575,7 @@ TYPED_TEST(Kernels, PartsOfOneTensor) {
 
 TYPED_TEST(Kernels, ManyPartsOfOneTensor) {
   const int launches = most_few < 6 ? 2 : 1;
-  for (const int64_t size : {3, 31, 1023}) {
+  for (const int64_t size : {1, 3, 31, 255, 1023}) {
     this->check_list(this->parts(6, {.inner = size}), {launches, launches});
   }
 }
@@ -687,6 +685,29 @@ TYPED_TEST(Kernels, ProblemsThatShareADscaleAddToItInOrder) {
       EXPECT_EQ(ascending[to][at], expected);
     }
   }
+}
+
+TEST(Lists, ProblemsOfSeveralDataTypesAreALaunchForEach) {
+  Trial<float> first({.inner = 255, .count = 2}), last({.inner = 31});
+  Trial<__half> half({.inner = 1023}), other_half({.inner = 31});
+  Trial<double> wide({.channels = 3, .inner = 31});
+  auto y = std::tuple(first.forward(), half.forward(), wide.forward(), other_half.forward(),
+                      last.forward());
+  auto dx = std::tuple(first.backward(), half.backward(), wide.backward(), other_half.backward(),
+                       last.backward());
+  const auto in_one_list = [](auto&... calls) { return std::vector{calls.problem...}; };
+  EXPECT_EQ(run(std::apply(in_one_list, y)), 3);
+  const std::vector<BackwardProblem> problems = std::apply(in_one_list, dx);
+  EXPECT_EQ(Counters(problems).run(problems), 3);
+  const auto compare = [&](auto& calls) {
+    first.compare(std::get<0>(calls));
+    half.compare(std::get<1>(calls));
+    wide.compare(std::get<2>(calls));
+    other_half.compare(std::get<3>(calls));
+    last.compare(std::get<4>(calls));
+  };
+  compare(y);
+  compare(dx);
 }
 
 /// Every element belongs to one thread and step, whatever the shape: counted without running.
