@@ -241,11 +241,9 @@ void run_backward(BackwardProblem* problems, int64_t count, const Tensor& x) {
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
     const Tensor counters = counters_for(x, cuda::backward_counter_bytes(problems, count));
-    for (int64_t i = 0; i < count; ++i) {
-      problems[i].counters = counters.defined() ? counters.mutable_data_ptr() : nullptr;
-    }
+    void* const zeros = counters.defined() ? counters.mutable_data_ptr() : nullptr;
     return with_workspaces(problems, count, x, cuda::backward_workspace_bytes, [&] {
-      cuda::fake_quantize_backward(problems, count, c10::cuda::getCurrentCUDAStream());
+      cuda::fake_quantize_backward(problems, count, zeros, c10::cuda::getCurrentCUDAStream());
     });
   }
 #endif
