@@ -224,9 +224,7 @@ def page(run: dict[str, Any], results: Sequence[Result]) -> str:
 
 def step_table(results: Sequence[Result]) -> str:
     """Whole training steps: every contender's time, its ratio to float steps and its memory."""
-    rows = [
-        ("case", "contender", "seconds", "x float", "x limpq_ext", "peak memory MB", "targets")
-    ]
+    rows = [("case", "contender", "seconds", "x float", "x limpq_ext", "peak memory MB", "targets")]
     for result in results:
         for name, seconds in result.medians.items():
             rows.append(

@@ -29,6 +29,10 @@ struct Problem {
   int64_t channels;
   int64_t inner;
   int count;          // bit-widths in this call, 1 .. max_bit_widths
+  // CUDA only, else null: the place of the one bit-width that is used, on the device. Then count is
+  // 1, and the arrays have an entry for each candidate.
+  const int64_t* selected;
+  int candidates;     // entries of the arrays; count where `selected` is null
   const void* x;      // [outer, channels, inner], in dtype
   const void* scale;  // [scale_rows, channels], in the compute type: double for float64, else float
   int64_t scale_rows;

@@ -33,25 +33,34 @@ Tensor in_type_of(const Tensor& scale, Tensor dscale) {
   return dscale.scalar_type() == scale.scalar_type() ? dscale : dscale.to(scale.scalar_type());
 }
 
+/// Where a tensor on a GPU selects the bit-width: only one of the candidates is used.
+void select(Problem& problem, const int64_t* selected) {
+  if (selected == nullptr) return;
+  problem.selected = selected;
+  problem.count = 1;
+}
+
 /// Quantizes x into y, where each bit-width has memory that is laid out as x_dense is.
 void forward_into(const Tensor& y, int64_t bytes_between, const Tensor& x_dense,
-                  const Tensor& scale, const Quantization& how) {
+                  const Tensor& scale, const Quantization& how, const int64_t* selected = nullptr) {
   if (x_dense.numel() == 0) return;
   const Tensor compute_scale = compute_scale_of(scale, x_dense);
   ForwardProblem problem;
   describe(problem, x_dense, compute_scale, how);
   char* output = static_cast<char*>(y.mutable_data_ptr());
   for (int k = 0; k < problem.count; ++k) problem.y[k] = output + k * bytes_between;
+  select(problem, selected);
   run_forward(&problem, 1, x_dense);
 }
 
 /// dx and dscale; an undefined gradient belongs to a bit-width that was not used.
 std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, const Tensor& scale,
-                                       const Quantization& how) {
+                                       const Quantization& how, const int64_t* selected = nullptr) {
   check_arguments(x, scale, how);
   check_bit_widths(how);
-  TORCH_CHECK_VALUE(int64_t(grads.size()) == how.count(), "fake_quantize_backward: ", grads.size(),
-                    " gradients for ", how.count(), " bit-widths");
+  const int64_t used = selected == nullptr ? how.count() : 1;
+  TORCH_CHECK_VALUE(int64_t(grads.size()) == used, "fake_quantize_backward: ", grads.size(),
+                    " gradients for ", used, " bit-widths");
   const Tensor x_dense = as_dense(x);
   const Tensor compute_scale = compute_scale_of(scale, x);
   const Tensor dx = empty_as(x_dense);
@@ -62,10 +71,14 @@ std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, co
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.grad[k] = nullptr;
     problem.grad_factor[k] = how.grad_factors[k];
-    if (!grads[k].defined()) continue;
-    keep_alive.push_back(gradient_for(x_dense, grads[k]));
-    problem.grad[k] = keep_alive.back().const_data_ptr();
+    if (k >= used) {
+      problem.grad[k] = problem.grad[0];
+    } else if (grads[k].defined()) {
+      keep_alive.push_back(gradient_for(x_dense, grads[k]));
+      problem.grad[k] = keep_alive.back().const_data_ptr();
+    }
   }
+  select(problem, selected);
   problem.dx = dx.mutable_data_ptr();
   problem.dscale = dscale.mutable_data_ptr();
   problem.adds_to_dscale = false;
@@ -168,7 +181,7 @@ void check_candidates(const Tensor& x, const Tensor& scale, const Tensor& select
                     selected.device(), " and x on ", x.device());
 }
 
-/// Which bit-width is meant, where reading it costs nothing.
+/// Which bit-width is meant, where reading it costs nothing; on a GPU the kernel reads it.
 int64_t selected_on_cpu(const Tensor& selected, const Candidates& candidates) {
   const int64_t k = *selected.const_data_ptr<int64_t>();
   TORCH_CHECK_INDEX(k >= 0 && k < candidates.all.count(), "fake_quantize_selected: selected is ", k,
@@ -186,7 +199,11 @@ Tensor fake_quantize_selected(const Tensor& x, const Tensor& scale, const Tensor
   check_candidates(x, scale, selected, candidates);
   const Tensor x_dense = as_dense(x);
   const Tensor y = empty_as(x_dense);
-  forward_into(y, 0, x_dense, scale, candidates.only(selected_on_cpu(selected, candidates)));
+  if (x.is_cpu()) {
+    forward_into(y, 0, x_dense, scale, candidates.only(selected_on_cpu(selected, candidates)));
+  } else {
+    forward_into(y, 0, x_dense, scale, candidates.all, selected.const_data_ptr<int64_t>());
+  }
   return y;
 }
 
@@ -197,6 +214,9 @@ std::tuple<Tensor, Tensor> fake_quantize_selected_backward(
   const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
                               scale_max, relu);
   check_candidates(x, scale, selected, candidates);
+  if (!x.is_cpu()) {
+    return backward_of(grad, x, scale, candidates.all, selected.const_data_ptr<int64_t>());
+  }
   return backward_of(grad, x, scale, candidates.only(selected_on_cpu(selected, candidates)));
 }
 

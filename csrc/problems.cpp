@@ -153,7 +153,8 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
       problem.outer = x.numel() / (problem.channels * problem.inner);
     }
   }
-  problem.count = int(how.count());
+  problem.count = problem.candidates = int(how.count());
+  problem.selected = nullptr;
   problem.x = x.const_data_ptr();
   problem.scale = scale.const_data_ptr();
   problem.scale_rows = problem.channels == 0 ? 0 : scale.numel() / problem.channels;

@@ -203,6 +203,8 @@ struct BackwardRows {
   unsigned groups;
   int team;
   int count;
+  int candidates;
+  const int64_t* selected;
   int first_width;
   bool aligned;
 };
@@ -229,7 +231,7 @@ template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single, Capacity>)
     backward_rows(
         const __grid_constant__ Table<BackwardRows<T>, BackwardWidth<T>, Capacity> table) {
-  const auto picked = table.pick(blockIdx.x);
+  const auto picked = table.template pick<single>(blockIdx.x);
   const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
@@ -328,6 +330,8 @@ struct BackwardColumns {
   unsigned groups;
   int width;
   int count;
+  int candidates;
+  const int64_t* selected;
   int first_width;
 };
 
@@ -344,7 +348,7 @@ template <typename T, int V, typename Capacity>
 __global__ void __launch_bounds__(backward_columns_block, backward_columns_residents<Capacity>)
     backward_columns(
         const __grid_constant__ Table<BackwardColumns<T>, BackwardWidth<T>, Capacity> table) {
-  const auto picked = table.pick(blockIdx.x);
+  const auto picked = table.template pick<true>(blockIdx.x);
   const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int rows_at_a_time = column_rows<T>;
@@ -519,7 +523,12 @@ struct BackwardLayout {
   }
 
   static BackwardProblem with_gradients(BackwardProblem problem) {
-    const int count = problem.numel() == 0 ? 0 : problem.count;
+    if (problem.numel() == 0) {
+      problem.count = problem.candidates = 0;
+      problem.selected = nullptr;
+    }
+    if (problem.selected != nullptr) return problem;
+    const int count = problem.count;
     problem.count = 0;
     for (int k = 0; k < count; ++k) {
       if (problem.grad[k] == nullptr) continue;
@@ -530,6 +539,7 @@ struct BackwardLayout {
       problem.quant_max[to] = problem.quant_max[k];
       problem.grad_factor[to] = problem.grad_factor[k];
     }
+    problem.candidates = problem.count;
     return problem;
   }
 };

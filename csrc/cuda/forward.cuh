@@ -47,6 +47,8 @@ struct ForwardRows {
   unsigned pieces;
   int team;
   int count;
+  int candidates;
+  const int64_t* selected;
   int first_width;
   bool aligned;
 };
@@ -57,7 +59,7 @@ struct ForwardRows {
 template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, single, Capacity>)
     forward_rows(const __grid_constant__ Table<ForwardRows<T>, ForwardWidth<T>, Capacity> table) {
-  const auto [p, widths, block] = table.pick(blockIdx.x);
+  const auto [p, widths, block] = table.template pick<single>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
   constexpr int packs_per_thread = forward_packs<T, single>;
@@ -108,6 +110,8 @@ struct ForwardColumns {
   unsigned groups;
   int width;
   int count;
+  int candidates;
+  const int64_t* selected;
   int first_width;
 };
 
@@ -118,7 +122,7 @@ struct ForwardColumns {
 template <typename T, int V, bool single, typename Capacity>
 __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5) forward_columns(
     const __grid_constant__ Table<ForwardColumns<T>, ForwardWidth<T>, Capacity> table) {
-  const auto [p, widths, block] = table.pick(blockIdx.x);
+  const auto [p, widths, block] = table.template pick<true>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int packs_per_thread = forward_packs<T, false>;
   const int64_t channels = p.scales.channels;
@@ -169,7 +173,7 @@ struct ForwardLayout {
   explicit ForwardLayout(const ForwardProblem& original)
       : problem(collapse(original)),
         columns(by_columns(problem)),
-        aligned(aligned_alike(problem.x, problem.y, problem.count)),
+        aligned(aligned_alike(problem.x, problem.y, problem.candidates)),
         pack(16 / element_bytes(problem.dtype)) {
     const bool vectors = aligned && aligned_to_16(problem.x) && aligned_to_16(problem.scale) &&
                          problem.channels % pack == 0;

@@ -60,7 +60,7 @@ struct Pick {
 };
 
 /// The parameters of a kernel: its problems, and their bit-widths in one pool. An Entry has members
-/// `count` and `first_width`.
+/// `count`, `candidates`, `selected` and `first_width`.
 template <typename EntryType, typename WidthType, typename Capacity>
 struct Table {
   using Entry = EntryType;
@@ -75,10 +75,15 @@ struct Table {
   Entry entries[most_entries];
   Width widths[most_widths];
 
-  /// The problem that this block of the launch works on.
+  /// The problem that this block of the launch works on. `single`: of one bit-width, which a tensor
+  /// may select; then that is the only one that the kernel sees. Lists have no such problem.
+  template <bool single>
   __device__ __forceinline__ Pick<Entry, Width> pick(unsigned block) const {
     if constexpr (most_entries == 1) {
-      return {entries[0], widths, block};
+      const Entry& only = entries[0];
+      if (!single || only.selected == nullptr) return {only, widths, block};
+      const int64_t place = min(max(*only.selected, int64_t(0)), int64_t(only.candidates - 1));
+      return {only, widths + place, block};
     } else {
       int at = 0;
       for (int past = size; past - at > 1;) {
@@ -119,14 +124,16 @@ void launch_tables(void (*kernel)(Table), int threads, const std::vector<const L
     blocks = 0;
   };
   for (const Layout* layout : layouts) {
-    const int count = layout->problem.count;
+    const int count = layout->problem.candidates;
     typename Table::Entry entry;
     const Work work = describe(*layout, entry);
     if (table.size == Table::most_entries || widths + count > Table::most_widths ||
         blocks + work.blocks > std::numeric_limits<int32_t>::max()) {
       start();
     }
-    entry.count = count;
+    entry.count = layout->problem.count;
+    entry.candidates = count;
+    entry.selected = layout->problem.selected;
     entry.first_width = widths;
     table.first_block[table.size] = static_cast<unsigned>(blocks);
     table.entries[table.size++] = entry;

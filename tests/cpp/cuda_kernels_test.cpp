@@ -204,7 +204,7 @@ class Trial {
     problem.outer = case_.outer;
     problem.channels = case_.channels;
     problem.inner = case_.inner;
-    problem.count = case_.count;
+    problem.count = problem.candidates = case_.count;
     problem.x = x_.data();
     problem.scale = scale_.data();
     problem.scale_rows = scale_rows_;
@@ -415,6 +415,33 @@ class Kernels : public ::testing::Test {
     EXPECT_TRUE(backward.dscale.same_bits(again.dscale));
   }
 
+  /// A tensor selects each bit-width in turn: the results are those of that bit-width alone.
+  static void check_selected(Case c) {
+    for (int64_t place = 0; place < c.count; ++place) {
+      c.absent = ((1u << c.count) - 1) & ~(1u << place);
+      Trial<T> trial(c);
+      auto plain = trial.forward();
+      run({plain.problem});
+      auto chosen = trial.forward();
+      select(chosen.problem, place, chosen.problem.y);
+      run({chosen.problem});
+      EXPECT_TRUE(chosen.y[place].same_bits(plain.y[place]));
+
+      auto backward = trial.backward();
+      select(backward.problem, place, backward.problem.grad);
+      Counters counters({backward.problem});
+      counters.run({backward.problem});
+      trial.compare(backward);
+    }
+  }
+
+  template <typename P, typename Pointer>
+  static void select(P& problem, const int64_t& place, Pointer* pointers) {
+    for (int k = 0; k < problem.candidates; ++k) pointers[k] = pointers[place];
+    problem.selected = &place;
+    problem.count = 1;
+  }
+
   static std::vector<Trial<T>> trials_of(const std::vector<Case>& cases) {
     std::vector<Trial<T>> trials;
     for (const Case& c : cases) trials.emplace_back(c);
@@ -525,6 +552,18 @@ TYPED_TEST(Kernels, Columns) {
 TYPED_TEST(Kernels, ColumnsWithSumsOverManyBlocks) {
   const int64_t channels = 64 * vector_size<TypeParam>;
   this->check({.outer = 70 * 2 * column_rows<TypeParam>, .channels = channels});
+}
+
+TYPED_TEST(Kernels, OneBitWidthThatATensorSelects) {
+  const int64_t vectors = 4 * vector_size<TypeParam>;
+  for (const Case& c :
+       {Case{.inner = 1023, .count = 5},
+        Case{.inner = 70 * backward_rows_block * vector_size<TypeParam>, .count = 2},
+        Case{.outer = 3, .channels = 8, .inner = 31, .count = 3},
+        Case{.outer = 31, .channels = vectors, .count = 3},
+        Case{.outer = 31, .channels = vectors + 1, .count = 3}, Case{.inner = 0, .count = 3}}) {
+    this->check_selected(c);
+  }
 }
 
 TYPED_TEST(Kernels, AllBitWidths) {
