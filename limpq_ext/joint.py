@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .indicators import Indicators, LayerIndicators
 from .layers import SwitchableBatchNorm
 from .prepare import quantized_layers
+from .updates import Update
 
 RANDOM_BRANCH = "random"
 """Name of the branch whose layers draw their bits at random."""
@@ -29,7 +30,8 @@ class JointStep:
     """What one joint step did.
 
     Attributes:
-        losses: The loss of every branch, detached scalars: "6", "5", ... and "random".
+        losses: The loss of every branch, detached scalars: "6", "5", ... and "random"; the mean
+            over the processes.
         draw: The bit-width that each layer drew for the random branch.
     """
 
@@ -49,6 +51,14 @@ class JointTrainer:
         clip_value: Gradients are clipped to ``[-clip_value, clip_value]`` after they added up.
         seed: Of the random branch. The draw depends on the seed and the step alone, so it is the
             same in every process.
+        check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
+            every 50 elsewhere, so that the host seldom waits for the device.
+        on_branch: Called with (branch, output, target) after every branch, its gradients done; the
+            output is detached.
+
+    In a run of several processes (torchrun, with torch.distributed initialised) each passes its
+    share of the batch; all start with what process 0 has, and the gradients of all branches are
+    averaged once per step, before they are clipped.
 
     Raises:
         ValueError: The model is not prepared, its layers have different candidates, or an argument
@@ -64,6 +74,8 @@ class JointTrainer:
         distill: bool = False,
         clip_value: float = 1.0,
         seed: int = 0,
+        check_steps: int = 0,
+        on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
         self.layers = quantized_layers(model)
         if not self.layers:
@@ -85,9 +97,11 @@ class JointTrainer:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.distill = distill
-        self.clip_value = clip_value
         self.seed = seed
-        self.steps = 0
+        self.on_branch = on_branch
+        self._update = Update(
+            model, optimizer, self._repeat, clip_value=clip_value, check_steps=check_steps
+        )
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
         self._norms = [
@@ -106,23 +120,51 @@ class JointTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
         losses: dict[str, Tensor] = {}
-        teacher: Tensor | None = None
-        for branch, bits in self._branches(draw):
-            self._select(bits)
-            output = self.model(x)
-            if teacher is not None:
-                loss = F.cross_entropy(output, teacher)
-            else:
-                loss = self.loss_fn(output, target)
-                if self.distill:
-                    teacher = output.detach().softmax(dim=1)
+        for branch, output, loss in self._passes(draw, x, target):
             loss.backward()
             losses[branch] = loss.detach()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_value_(parameters, self.clip_value)
-        self.optimizer.step()
-        self.steps += 1
-        return JointStep(losses, draw)
+            if self.on_branch is not None:
+                self.on_branch(branch, output.detach(), target)
+        return JointStep(self._update.take(losses, x, target), draw)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return self._update.steps
+
+    def check(self) -> None:
+        """Make sure that all steps so far were finite; this waits for the device.
+
+        Raises:
+            NonFiniteError: One was not; it names the step, the branch and the layer.
+        """
+        self._update.watch.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the training depends on: model, optimizer and steps.
+
+        Raises:
+            NonFiniteError: A step so far was not finite.
+        """
+        return {
+            "update": self._update.state_dict(),
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Go on from a state of :meth:`state_dict`, of the same model, bits and seed.
+
+        Raises:
+            ValueError: The state is of a training with another seed.
+            RuntimeError: The state is of another model.
+        """
+        if state_dict["seed"] != self.seed:
+            raise ValueError(f"seed is {self.seed}, but the state is of seed {state_dict['seed']}")
+        self.model.load_state_dict(state_dict["model"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._update.load_state_dict(state_dict["update"])
 
     def draw(self, step: int) -> dict[str, int]:
         """The bits that every layer draws for the random branch of a step."""
@@ -153,6 +195,29 @@ class JointTrainer:
             for name, layer in self.layers.items()
         )
         return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
+
+    def _passes(
+        self, draw: dict[str, int], x: Any, target: Any
+    ) -> Iterator[tuple[str, Any, Tensor]]:
+        """Every branch run forward: its name, its output and its loss."""
+        teacher: Tensor | None = None
+        for branch, bits in self._branches(draw):
+            self._select(bits)
+            output = self.model(x)
+            if teacher is not None:
+                loss = F.cross_entropy(output, teacher)
+            else:
+                loss = self.loss_fn(output, target)
+                if self.distill:
+                    teacher = output.detach().softmax(dim=1)
+            yield branch, output, loss
+
+    def _repeat(self, step: int, branch: str, x: Any, target: Any) -> None:
+        """Run one branch of a step again, in distillation after its teacher."""
+        for name, _, loss in self._passes(self.draw(step - 1), x, target):
+            if name == branch:
+                loss.backward()
+                return
 
     def _branches(self, draw: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
         for bits in self.bits:
