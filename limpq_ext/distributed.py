@@ -6,6 +6,7 @@ gloo on the CPU, so that none of them waits for a device.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
+    # Its functions have the process group of the moment it is imported as a default argument. Were
+    # that ours, it would outlive destroy_process_group, and its threads the interpreter.
+    importlib.import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
