@@ -119,22 +119,21 @@ class Checkpoint:
             return True
         return bool(self.minutes) and time.monotonic() - self._written >= 60 * self.minutes
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the file by one with this state and every process's random states.
+    def save(self, state: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> None:
+        """Replace the file by one with this state and what every process has of its own.
 
         All processes call this; process 0 writes while the others wait.
+
+        Args:
+            state: The same in every process.
+            own: Of this process; its random states are added.
 
         Raises:
             OSError: The file cannot be written; the former one is kept.
         """
-        generators = gather(random_states())
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "key": self.key,
-            "random": generators,
-            **state,
-        }
+        processes = gather({"random": random_states(), **(own or {})})
+        header = {"format": FORMAT, "version": VERSION, "key": self.key}
+        content = {**header, "processes": processes, **state}
 
         def write() -> None:
             with open_atomically(self.path) as file:
@@ -211,17 +210,10 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def own_random_states(state: Mapping[str, Any]) -> None:
-    """Take over the random states that a checkpoint keeps for this process.
-
-    With another number of processes than before there are none to take over: each then starts from
-    a seed of its own, and the run goes on without being the same to the bit.
-    """
-    states = state["random"]
-    if len(states) == world_size():
-        set_random_states(states[rank()])
-    else:
-        torch.manual_seed(hash((state["step"], world_size(), rank())))
+def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint keeps for this process; None where it is of another number of processes."""
+    processes = state["processes"]
+    return processes[rank()] if len(processes) == world_size() else None
 
 
 def agree_to_stop(

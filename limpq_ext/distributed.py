@@ -71,6 +71,7 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
     # Its functions have the process group of the moment it is imported as a default argument. Were
     # that ours, it would outlive destroy_process_group, and its threads the interpreter.
     importlib.import_module("torch.distributed.nn.functional")
+    options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
@@ -80,9 +81,15 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun starts all again with the store that it had, where gloo would find the addresses
+        # of the dead. (With several machines their counts of restarts differ.)
+        store, number, processes = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        options["store"] = dist.PrefixStore(f"attempt {attempt}", store)
+        options |= {"rank": number, "world_size": processes}
+    dist.init_process_group(**options)
     try:
         yield device
     finally:

@@ -23,9 +23,10 @@ from .checkpoint import (
     Stateful,
     StopSignals,
     agree_to_stop,
-    own_random_states,
+    own_part,
+    set_random_states,
 )
-from .distributed import add_up, broadcast_state
+from .distributed import add_up, broadcast_state, rank, world_size
 from .failures import NonFiniteError
 from .metrics import Journal, Meter, Record, guarded_scales, memory
 from .quantizers import LsqQuantizer
@@ -236,7 +237,7 @@ def run_epochs(
     schedule = cosine_with_warmup(
         optimizer, steps=total, warmup_steps=round(warmup_epochs * steps_per_epoch)
     )
-    course = _Course({**parts, "schedule": schedule, "meter": meter})
+    course = _Course({**parts, "schedule": schedule})
     saved = None if checkpoint is None else checkpoint.load()
     if checkpoint is not None and saved is not None:
         course.load_state_dict(saved)
@@ -261,7 +262,8 @@ def run_epochs(
         for epoch in range(course.step // steps_per_epoch + 1, epochs + 1):
             batches = _batches(loader, epoch - 1, course.step % steps_per_epoch)
             if saved is not None:
-                own_random_states(saved)  # after the loader started, which may have drawn numbers
+                # After the loader started, which may have drawn numbers.
+                _take_over(saved, meter, journal)
                 saved = None
             for x, target in batches:
                 x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -292,7 +294,7 @@ def run_epochs(
                     if on_epoch is not None:
                         on_epoch(record)
                 if checkpoint is not None and (received or due):
-                    checkpoint.save(course.state_dict())
+                    checkpoint.save(course.state_dict(), {"meter": meter.state_dict()})
                 if received:
                     raise Interrupted(received, _farewell(received, course.step, total, checkpoint))
     broadcast_state(model, buffers_only=True)
@@ -376,6 +378,23 @@ def _batches(
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return itertools.islice(iter(loader), skip, None)
+
+
+def _take_over(saved: Mapping[str, Any], meter: Meter, journal: Journal | None) -> None:
+    """Go on with what this process had of its own: its random numbers and its sums."""
+    own = own_part(saved)
+    if own is not None:
+        set_random_states(own["random"])
+        meter.load_state_dict(own["meter"])
+        return
+    # Another seed for every process; what it draws was never drawn before.
+    torch.manual_seed(torch.initial_seed() + world_size() * saved["step"] + rank())
+    if journal is not None:
+        journal.report(
+            f"the checkpoint is of {len(saved['processes'])} processes, now there are"
+            f" {world_size()}: the result is not the same to the bit, and sums of the epoch start"
+            " anew"
+        )
 
 
 @contextmanager

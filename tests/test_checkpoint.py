@@ -34,7 +34,7 @@ class Augmented(Dataset):
         return x, index % 5
 
 
-class CutOff(Exception):
+class CutOffError(Exception):
     """As a kill, but in this process."""
 
 
@@ -61,7 +61,7 @@ def train(folder, *, cut=None, loader=None, workers=0, steps=1, optimizer="sgd",
     def on_step(done, total):
         assert total == 15
         if done == cut:
-            raise CutOff
+            raise CutOffError
 
     recording = recording_in(folder, steps=steps, **options)
     records = finetune(
@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(("cuts", "steps"), [((1, 4, 5, 6, 11, 15), 1), ((3, 9, 14), 4)])
 def test_a_training_that_was_cut_off_ends_with_the_same_bits(tmp_path, whole, cuts, steps):
     for cut in cuts:
-        with pytest.raises(CutOff):
+        with pytest.raises(CutOffError):
             train(tmp_path, cut=cut, steps=steps, log_steps=2)
     state, records = train(tmp_path, steps=steps, log_steps=2)
     assert_same(state, whole[0])
@@ -106,7 +106,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_bits(tmp_path, whole, cu
 def test_it_does_so_with_loading_processes_and_adamw(tmp_path):
     reference, _ = train(tmp_path, optimizer="adamw")
     (tmp_path / "checkpoint").unlink()
-    with pytest.raises(CutOff):
+    with pytest.raises(CutOffError):
         train(tmp_path, cut=7, workers=2, optimizer="adamw")
     state, _ = train(tmp_path, workers=1, optimizer="adamw")
     assert_same(state, reference)
@@ -118,7 +118,7 @@ def test_it_does_so_with_a_sampler_that_has_epochs(tmp_path):
     loader = DataLoader(data, batch_size=4, sampler=sampler)
     reference, _ = train(tmp_path, loader=loader)
     (tmp_path / "checkpoint").unlink()
-    with pytest.raises(CutOff):
+    with pytest.raises(CutOffError):
         train(tmp_path, cut=8, loader=loader)
     assert_same(train(tmp_path, loader=loader)[0], reference)
 
@@ -135,7 +135,7 @@ def joint(folder, *, cut=None):
 
     def on_step(done, total):
         if done == cut:
-            raise CutOff
+            raise CutOffError
 
     run_epochs(
         take_step,
@@ -155,7 +155,7 @@ def test_a_joint_training_that_was_cut_off_ends_with_the_same_bits(tmp_path):
     reference = joint(tmp_path)
     (tmp_path / "checkpoint").unlink()
     for cut in (1, 6):
-        with pytest.raises(CutOff):
+        with pytest.raises(CutOffError):
             joint(tmp_path, cut=cut)
     trainer = joint(tmp_path)
     assert trainer.steps == reference.steps == 10
@@ -244,7 +244,7 @@ def newer(path):
 
 
 def pickled(path):
-    torch.save({"format": CutOff}, path)
+    torch.save({"format": CutOffError}, path)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def pickled(path):
     ],
 )
 def test_a_spoilt_or_foreign_checkpoint_is_one_sentence(tmp_path, spoil, message):
-    with pytest.raises(CutOff):
+    with pytest.raises(CutOffError):
         train(tmp_path, cut=3)
     spoil(tmp_path / "checkpoint")
     before = (tmp_path / "checkpoint").read_bytes()

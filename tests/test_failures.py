@@ -71,7 +71,7 @@ def test_a_bad_gradient_behind_a_good_loss_is_named():
     trainer = trainer_of(failing, "bn1")
     for _ in range(2):
         trainer.step(*batch())
-    with pytest.raises(NonFiniteError, match="step 3, branch '.*': a gradient became") as error:
+    with pytest.raises(NonFiniteError, match=r"step 3, branch '.*': a gradient became") as error:
         trainer.step(*batch())
     assert "it shows first in the gradient" in str(error.value)
     assert error.value.layer == "bn1.1"
@@ -125,7 +125,7 @@ def test_the_bad_batch_is_repeated_after_a_late_look():
         trainer.step(*batch())
     x, target = batch()
     trainer.step(x * torch.inf, target)
-    with pytest.raises(NonFiniteError, match="^step 3, branch '4': .* in the batch itself"):
+    with pytest.raises(NonFiniteError, match=r"^step 3, branch '4': .* in the batch itself"):
         trainer.step(*batch())
 
 
