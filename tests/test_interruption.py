@@ -117,15 +117,24 @@ def test_two_processes_one_of_which_was_killed_end_with_the_same_bits(
     assert_same(out, two_alone)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_one_sentence_and_it_goes_on(recipe, alone, tmp_path, number):
-    out = tmp_path / "out"
-    command = ("-m", "limpq_ext", "run", recipe, "--out", out)
-    process = start(*command)
-    while not (out / "float.checkpoint").exists():
+def wait_for(path, process):
+    while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
-    process.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_one_sentence_and_it_goes_on(alone, tmp_path, number):
+    out = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "data": {"workers": 1}}))
+    command = ("-m", "limpq_ext", "run", recipe, "--out", out)
+    process = start(*command, start_new_session=True)
+    wait_for(out / "float.checkpoint", process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C, which the loading processes get too
+    else:
+        process.send_signal(number)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number, said
     last = said.splitlines()[-1]
@@ -135,12 +144,22 @@ def test_a_signal_ends_the_run_with_one_sentence_and_it_goes_on(recipe, alone, t
     assert_same(out, alone)
 
 
+def test_sigterm_to_torchrun_writes_a_checkpoint_and_it_goes_on(recipe, two_alone, tmp_path):
+    out = tmp_path / "out"
+    command = (2, "-m", "limpq_ext", "run", recipe, "--out", out)
+    process = torchrun(*command)
+    wait_for(out / "indicators.checkpoint", process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=300)
+    assert said.count("limpq: stopped by SIGTERM after step ") == 1, said
+    assert "going on after step" in finish(torchrun(*command))
+    assert_same(out, two_alone)
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(recipe, tmp_path):
     out = tmp_path / "out"
     process = start("-m", "limpq_ext", "run", recipe, "--out", out)
-    while not (out / "float.checkpoint").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
+    wait_for(out / "float.checkpoint", process)
     process.kill()
     process.wait()
     other = tmp_path / "other.yaml"
