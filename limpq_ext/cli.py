@@ -346,7 +346,10 @@ def main() -> None:
     """Run the command line; a wrong input ends with one line and exit code 2."""
     former = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # how it tells of Ctrl-C
+            raise Interrupted(signal.SIGINT, "stopped by SIGINT")
+        sys.exit(code or 0)
     except Interrupted as stop:
         if _is_first():
             print(f"limpq: {stop}", file=sys.stderr)
@@ -369,9 +372,6 @@ def _exit_code(error: Exception) -> int | None:
     """Say what was wrong with the input; None for an error that is not the user's."""
     if isinstance(error, MainProcessError):  # process 0 says it
         return 2
-    if isinstance(error.__cause__, KeyboardInterrupt):  # as the command line passes it on
-        print("limpq: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         if isinstance(error, TypeError) and error.__traceback__ is None:
             return None

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .checkpoint import Checkpoint
 from .costs import Costs, profile
 from .data import Data, load_data, make_loader
-from .distributed import broadcast_state, from_main, is_main, rank
+from .distributed import broadcast_state, from_main, rank
 from .files import open_atomically, remove_leftovers, write_json
 from .finetune import finetune
 from .indicators import Indicators
@@ -469,12 +469,12 @@ class _Stages:
         self.record: dict[str, Any] = {}
         self.files: list[Any] = [MetricsFile(folder / METRICS)]
         from_main(lambda: self._open(fresh))
-        if recipe.tensorboard and is_main():
-            self.files.append(TensorBoard(folder / TENSORBOARD))
 
     def _open(self, fresh: bool) -> None:
         """Read the record of the folder and write the recipe into it."""
         folder = self.folder
+        if self.recipe.tensorboard:
+            self.files.append(TensorBoard(folder / TENSORBOARD))
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STAGES).exists():
             try:

@@ -185,9 +185,7 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     monkeypatch.setattr(JointTrainer, "step", step)
     code, _, error = limpq(*command, "i.json")
     assert code == 128 + signal.SIGTERM
-    assert (
-        "stopped by SIGTERM after step 10 of 21; the same command goes on from i.json.ch" in error
-    )
+    assert "stopped by SIGTERM after step 10 of 21; the same command goes on from i.json" in error
     code, said, error = limpq(*command, "i.json")
     assert code == 0, error
     assert "going on after step 10 of 21 from i.json.checkpoint" in said
@@ -199,6 +197,17 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     assert code == 2
     assert "i.json.checkpoint: not a readable checkpoint" in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
+    finished_run, limpq, tmp_path, monkeypatch, number
+):
+    recipe, _, _ = finished_run
+    monkeypatch.setattr("limpq_ext.pipeline.load_data", lambda _: os.kill(os.getpid(), number))
+    code, _, error = limpq("run", recipe, "--out", tmp_path / "out")
+    assert code == 128 + number
+    assert error.strip() == f"limpq: stopped by {signal.Signals(number).name}"
 
 
 def test_tensorboard_events_lie_beside_the_metrics(finished_run, limpq, tmp_path):
