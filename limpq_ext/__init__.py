@@ -21,7 +21,10 @@ if torch.__version__ != _build.TORCH_VERSION:
     )
 
 from .bank import WeightBank
+from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
+from .data import make_loader
+from .failures import NonFiniteError
 from .files import FileFormatError
 from .finetune import finetune
 from .indicators import Indicators
@@ -34,32 +37,40 @@ from .layers import (
     QuantLinear,
     SwitchableBatchNorm,
 )
+from .metrics import Journal, MetricsFile, TensorBoard
 from .ops import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 from .search import InfeasibleError, search, uniform
-from .training import Evaluation, evaluate
+from .training import Evaluation, Recording, evaluate
 
 __version__ = metadata.version("limpq_ext")
 
 __all__ = [
     "ActivationQuantizer",
+    "Checkpoint",
     "Costs",
     "Evaluation",
     "FileFormatError",
     "Indicators",
     "InfeasibleError",
+    "Interrupted",
     "JointStep",
     "JointTrainer",
+    "Journal",
     "LsqQuantizer",
+    "MetricsFile",
+    "NonFiniteError",
     "Policy",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
     "QuantLinear",
     "QuantizedLayer",
+    "Recording",
     "SwitchableBatchNorm",
+    "TensorBoard",
     "WeightBank",
     "WeightQuantizer",
     "apply_policy",
@@ -68,6 +79,7 @@ __all__ = [
     "lsq_fake_quantize",
     "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",
+    "make_loader",
     "prepare",
     "profile",
     "quantized_layers",

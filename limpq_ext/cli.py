@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from .checkpoint import Interrupted
+from .distributed import MainProcessError, process_group
 from .extras import require
 
 if TYPE_CHECKING:
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from .pipeline import RunReport
     from .policy import Policy
     from .recipe import Recipe
-    from .training import StepDone
+    from .training import Recording, StepDone
 
 typer = require("typer", "cli")
 
@@ -47,23 +51,48 @@ WeightsOption = Annotated[
     Path, typer.Option("--weights", help="Weights of the float model (.safetensors, .pt).")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+CheckpointStepsOption = Annotated[
+    int | None, typer.Option(help="Write a checkpoint after so many steps; 0: not by steps.")
+]
+CheckpointMinutesOption = Annotated[
+    float | None, typer.Option(help="Write one when so many minutes have passed; 0: not by time.")
+]
 
 
 @app.command()
 def run(
     recipe: RecipeArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/digits"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Reuse no finished stage.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Reuse no finished stage and no checkpoint.")
+    ] = False,
+    checkpoint_steps: CheckpointStepsOption = None,
+    checkpoint_minutes: CheckpointMinutesOption = None,
+    log_steps: Annotated[
+        int | None, typer.Option(help="Write metrics after so many steps, not epochs alone.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Write TensorBoard events as well.")
+    ] = None,
 ) -> None:
     """Run the whole pipeline: float training, indicators, search, fine-tuning, evaluation.
 
-    A second run into the same folder reuses every stage whose inputs did not change.
+    A second run into the same folder reuses every stage whose inputs did not change, and goes on
+    with one that was interrupted. torchrun -m limpq_ext run ... runs it in several processes.
     """
     from . import pipeline
 
-    reporter = _Reporter()
-    report = pipeline.run(_recipe(recipe), out, fresh=fresh, reporter=reporter)
-    _print_report(report)
+    given = _recipe(
+        recipe,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_minutes=checkpoint_minutes,
+        log_steps=log_steps,
+        tensorboard=tensorboard,
+    )
+    with process_group(pipeline.choose_device(given.device)):
+        report = pipeline.run(given, out, fresh=fresh, reporter=_reporter())
+    if _is_first():
+        _print_report(report)
 
 
 @app.command()
@@ -78,8 +107,13 @@ def indicators(
         typer.Option(help="Convert this indicator file (.pkl) of LIMPQ's own code instead."),
     ] = None,
     force: ForceOption = False,
+    checkpoint_steps: CheckpointStepsOption = None,
+    checkpoint_minutes: CheckpointMinutesOption = None,
 ) -> None:
-    """Train the importance indicators of a float model jointly for all candidate bits."""
+    """Train the importance indicators of a float model jointly for all candidate bits.
+
+    The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
+    """
     from .indicators import Indicators
 
     _refuse_existing(out, force)
@@ -88,13 +122,26 @@ def indicators(
     else:
         if weights is None:
             raise ValueError("--weights is missing: indicators are trained from a float model")
-        from .pipeline import Session
+        from .pipeline import Session, choose_device
 
-        session = Session(_recipe(recipe))
-        model = session.float_model(weights)
-        with _Reporter().stage("joint training of the indicators") as on_step:
-            result = session.train_indicators(model, on_step, None)
-    result.save(out)
+        given = _recipe(
+            recipe, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes
+        )
+        with process_group(choose_device(given.device)):
+            session = Session(given)
+            model = session.float_model(weights)
+            settings = given.model_dump(
+                mode="json", include={"seed", "model", "data", "bits", "joint"}
+            )
+            with _beside(out, given, settings, weights=weights) as recording:
+                with _reporter().stage("joint training of the indicators") as on_step:
+                    result = session.train_indicators(model, on_step, None, recording)
+                if _is_first():
+                    result.save(out)
+    if not _is_first():
+        return
+    if from_limpq is not None:
+        result.save(out)
     print(f"{out}: indicators of {len(result.layers)} layers at {list(result.bits)} bits")
 
 
@@ -203,20 +250,33 @@ def finetune(
     recipe: RecipeArgument = None,
     out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("finetuned.safetensors"),
     force: ForceOption = False,
+    checkpoint_steps: CheckpointStepsOption = None,
+    checkpoint_minutes: CheckpointMinutesOption = None,
 ) -> None:
-    """Fine-tune a float model at the bits of a policy (LSQ)."""
+    """Fine-tune a float model at the bits of a policy (LSQ).
+
+    The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
+    """
     from .models import save_weights
-    from .pipeline import Session
+    from .pipeline import Session, choose_device
     from .policy import Policy
 
     _refuse_existing(out, force)
     chosen = Policy.load(policy)
-    session = Session(_recipe(recipe))
-    model = session.float_model(weights)
-    with _Reporter().stage("fine-tuning the policy") as on_step:
-        tuned = session.finetune_policy(model, chosen, on_step, None)
-    save_weights(tuned, out)
-    print(f"weights: {out}")
+    given = _recipe(
+        recipe, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes
+    )
+    with process_group(choose_device(given.device)):
+        session = Session(given)
+        model = session.float_model(weights)
+        settings = given.model_dump(mode="json", include={"seed", "model", "data", "finetune"})
+        with _beside(out, given, settings, weights=weights, policy=policy) as recording:
+            with _reporter().stage("fine-tuning the policy") as on_step:
+                tuned = session.finetune_policy(model, chosen, on_step, None, recording)
+            if _is_first():
+                save_weights(tuned, out)
+    if _is_first():
+        print(f"weights: {out}")
 
 
 @app.command()
@@ -230,16 +290,20 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate weights on the recipe's test set."""
-    from .pipeline import Session
+    from .pipeline import Session, choose_device
     from .policy import Policy
 
     chosen = None if policy is None else Policy.load(policy)
-    session = Session(_recipe(recipe))
-    with _Reporter().stage("evaluating") as on_step:
-        result = session.evaluate(weights, chosen, on_step)
-    print(
-        f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}, {result.samples} samples"
-    )
+    given = _recipe(recipe)
+    with process_group(choose_device(given.device)):
+        session = Session(given)
+        with _reporter().stage("evaluating") as on_step:
+            result = session.evaluate(weights, chosen, on_step)
+    if _is_first():
+        print(
+            f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f},"
+            f" {result.samples} samples"
+        )
 
 
 @app.command()
@@ -280,20 +344,34 @@ def info() -> None:
 
 def main() -> None:
     """Run the command line; a wrong input ends with one line and exit code 2."""
+    former = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        print("limpq: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # how it tells of Ctrl-C
+            raise Interrupted(signal.SIGINT, "stopped by SIGINT")
+        sys.exit(code or 0)
+    except Interrupted as stop:
+        if _is_first():
+            print(f"limpq: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except Exception as error:
         code = _exit_code(error)
         if code is None:
             raise
         sys.exit(code)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """SIGTERM where nothing is being trained; a training notices it itself."""
+    raise Interrupted(number, "stopped by SIGTERM")
 
 
 def _exit_code(error: Exception) -> int | None:
     """Say what was wrong with the input; None for an error that is not the user's."""
+    if isinstance(error, MainProcessError):  # process 0 says it
+        return 2
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         if isinstance(error, TypeError) and error.__traceback__ is None:
             return None
@@ -312,10 +390,34 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-def _recipe(path: Path | None) -> Recipe:
-    from .recipe import Recipe, load_recipe
+def _recipe(path: Path | None, **changes: Any) -> Recipe:
+    """The recipe of a file, or the default one, with what the command line gives instead."""
+    from .recipe import Recipe, load_recipe, make_recipe
 
-    return Recipe() if path is None else load_recipe(path)
+    recipe = Recipe() if path is None else load_recipe(path)
+    given = {key: value for key, value in changes.items() if value is not None}
+    return make_recipe({**recipe.model_dump(), **given}, source="command line") if given else recipe
+
+
+@contextmanager
+def _beside(out: Path, recipe: Recipe, settings: Any, **inputs: Path) -> Iterator[Recording]:
+    """Records a stage with a checkpoint beside its output, removed when the block is done."""
+    from .distributed import from_main
+    from .metrics import Journal
+    from .pipeline import digest_of, make_recording
+
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    key = from_main(lambda: digest_of(settings, inputs))
+    yield make_recording(
+        recipe, checkpoint=checkpoint, key=key, journal=Journal(out.name, (), _reporter().say)
+    )
+    if _is_first():
+        checkpoint.unlink(missing_ok=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the one of several that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _indicators(path: Path) -> Indicators:
@@ -408,6 +510,10 @@ def _print_report(report: RunReport) -> None:
         print(f"  {path.name}  {path.stat().st_size / 1e3:.1f} KB")
 
 
+def _reporter() -> _Reporter:
+    return _Reporter() if _is_first() else _SilentReporter()
+
+
 class _Reporter:
     """Progress bars on a terminal, a plain line at the start and end of a stage elsewhere."""
 
@@ -443,6 +549,17 @@ class _Reporter:
                 print(f"{title}: {done} of {total} steps, {now - start:.1f} s", flush=True)
 
         return on_step
+
+
+class _SilentReporter(_Reporter):
+    """For the processes that do not print."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[StepDone]:
+        yield lambda done, total: None
 
 
 if __name__ == "__main__":

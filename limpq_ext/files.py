@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: If the folder is missing or cannot be written to.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -60,6 +61,20 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that killed writers of a file left beside it.
+
+    Args:
+        path: The file; nobody may be writing it.
+    """
+    target = Path(os.path.realpath(path))
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{32}\.tmp")
+    if target.parent.is_dir():
+        for found in target.parent.iterdir():
+            if name.fullmatch(found.name):
+                found.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -4,30 +4,36 @@ One step on a batch runs every searchable layer at each candidate bit-width in t
 more with bits drawn at random per layer; the gradients of these n + 1 branches add up to one
 optimizer step (LIMPQ, arXiv 2203.08368, section 3.3).
 
-What the branches have in common is computed once: the quantized weights (bank.py) and whatever
-comes before the first searchable layer (branches.py). The gradients are those of the plain loop.
+What the branches have in common is computed once (execution.py): the quantized weights and whatever
+comes before the first searchable layer. The gradients are those of the plain loop.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
-from .bank import WeightBank
-from .branches import BranchGraph, UntraceableError
+from .execution import Bits, BranchRunner, CapturedStep
 from .indicators import Indicators, LayerIndicators
-from .layers import SwitchableBatchNorm
 from .prepare import quantized_layers
+from .training import device_of
+from .updates import Update
 
 RANDOM_BRANCH = "random"
 """Name of the branch whose layers draw their bits at random."""
+
+STEPS_BEFORE_CAPTURE = 3
+"""Ordinary steps before a CUDA graph is captured: libraries choose their kernels in them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class JointStep:
     """What one joint step did.
 
     Attributes:
-        losses: The loss of every branch, detached scalars: "6", "5", ... and "random".
+        losses: The loss of every branch, detached scalars: "6", "5", ... and "random"; the mean
+            over the processes.
         draw: The bit-width that each layer drew for the random branch.
     """
 
@@ -59,8 +66,24 @@ class JointTrainer:
             for each weight at each bit-width, see :class:`WeightBank`.
         share_stem: Compute what comes before the first searchable layer once per step.
         drop_relu: Let unsigned quantizers take over the ReLU in front of them.
+        autocast: The dtype of the branches' autocast, torch.bfloat16 or torch.float16; None: they
+            compute in the model's own. With float16 a gradient scaler guards against underflow: a
+            step whose scaled gradients overflow is skipped and the scale halved.
+        compile_forward: Compiles what a branch runs, for example ``torch.compile``. One graph
+            serves all branches and draws. A model that is compiled already is compiled its way.
+        cuda_graph: Capture all branches of a step, forward and backward, in one CUDA graph after
+            three ordinary steps; the update of the parameters is not in it. Batches of another
+            shape run without it. ``loss_fn`` must not wait for the device.
+        check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
+            every 50 elsewhere, so that the host seldom waits for the device.
+        on_branch: Called with (branch, output, target) after every branch, its gradients done; the
+            output is detached.
 
     A part that cannot be shared is computed in every branch; the first step warns and says why.
+
+    In a run of several processes (torchrun, with torch.distributed initialised) each passes its
+    share of the batch; all start with what process 0 has, and the gradients of all branches are
+    averaged once per step, before they are clipped.
 
     Raises:
         ValueError: The model is not prepared, its layers have different candidates, or an argument
@@ -79,7 +102,15 @@ class JointTrainer:
         weight_bank: bool = True,
         share_stem: bool = True,
         drop_relu: bool = True,
+        autocast: torch.dtype | None = None,
+        compile_forward: Callable[[nn.Module], Any] | None = None,
+        cuda_graph: bool = False,
+        check_steps: int = 0,
+        on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
+        if isinstance(model, OptimizedModule):
+            compile_forward = compile_forward or model.dynamo_ctx
+            model = model._orig_mod
         self.layers = quantized_layers(model)
         if not self.layers:
             raise ValueError(
@@ -96,25 +127,40 @@ class JointTrainer:
             )
         if not clip_value > 0:
             raise ValueError(f"clip_value is {clip_value}, expected a positive number")
+        device = device_of(model)
+        if cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a model on a CUDA device, this one is on {device}")
+        if cuda_graph and compile_forward is not None:
+            raise ValueError("cuda_graph and compile_forward exclude each other")
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.distill = distill
-        self.clip_value = clip_value
         self.seed = seed
-        self.weight_bank = weight_bank
-        self.share_stem = share_stem
-        self.drop_relu = drop_relu
-        self.steps = 0
+        self.autocast = autocast
+        self.cuda_graph = cuda_graph
+        self.on_branch = on_branch
+        self.scaler = torch.amp.GradScaler(device.type) if autocast == torch.float16 else None
+        self._update = Update(
+            model,
+            optimizer,
+            self._repeat,
+            clip_value=clip_value,
+            check_steps=check_steps,
+            scaler=self.scaler,
+        )
+        self._runner = BranchRunner(
+            model,
+            self.layers,
+            weight_bank=weight_bank,
+            share_stem=share_stem,
+            drop_relu=drop_relu,
+            compile_forward=compile_forward,
+        )
+        self._captured: CapturedStep | None = None
+        self._eager_steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
-        self._norms = [
-            module for module in model.modules() if isinstance(module, SwitchableBatchNorm)
-        ]
-        self._norm_rows: list[_NormRows] = []
-        self._bank: WeightBank | None = None
-        self._graph: BranchGraph | None = None
-        self._started = False
 
     def step(self, x: Any, target: Any) -> JointStep:
         """Take one joint step on a batch; the model is put into training mode.
@@ -125,26 +171,60 @@ class JointTrainer:
         """
         if not self.model.training:
             self.model.train()
-        if not self._started:
-            self._start(x)
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        losses = self._accumulate(x, target, draw)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_value_(parameters, self.clip_value)
-        self.optimizer.step()
-        self.steps += 1
-        return JointStep(losses, draw)
+        if self.cuda_graph:
+            losses, outputs = self._captured_gradients(x, target, draw)
+        else:
+            losses, outputs = self._gradients(x, target, draw)
+        if self.on_branch is not None:
+            for branch, output in outputs.items():
+                self.on_branch(branch, output, target)
+        return JointStep(self._update.take(losses, x, target), draw)
 
     @property
     def shared(self) -> dict[str, bool | int]:
         """What the branches share since the first step: "weight_bank", "stem", "dropped_relus"."""
-        graph = self._graph
+        return self._runner.shared
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return self._update.steps
+
+    def check(self) -> None:
+        """Make sure that all steps so far were finite; this waits for the device.
+
+        Raises:
+            NonFiniteError: One was not; it names the step, the branch and the layer.
+        """
+        self._update.watch.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the training depends on: model, optimizer and steps.
+
+        Raises:
+            NonFiniteError: A step so far was not finite.
+        """
         return {
-            "weight_bank": self._bank is not None,
-            "stem": graph is not None and graph.stem is not None,
-            "dropped_relus": 0 if graph is None else graph.dropped_relus,
+            "update": self._update.state_dict(),
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Go on from a state of :meth:`state_dict`, of the same model, bits and seed.
+
+        Raises:
+            ValueError: The state is of a training with another seed.
+            RuntimeError: The state is of another model.
+        """
+        if state_dict["seed"] != self.seed:
+            raise ValueError(f"seed is {self.seed}, but the state is of seed {state_dict['seed']}")
+        self.model.load_state_dict(state_dict["model"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._update.load_state_dict(state_dict["update"])
 
     def draw(self, step: int) -> dict[str, int]:
         """The bits that every layer draws for the random branch of a step."""
@@ -176,119 +256,81 @@ class JointTrainer:
         )
         return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
 
-    def _start(self, x: Any) -> None:
-        """Find what the branches can share."""
-        unshared = []
-        if self.weight_bank:
-            try:
-                self._bank = WeightBank(self.layers)
-            except ValueError as error:
-                unshared.append(f"weights are quantized in every branch: {error}")
-        self._select(dict.fromkeys(self.layers, self.bits[0]))
-        if self.share_stem or self.drop_relu:
-            try:
-                self._graph = BranchGraph(
-                    self.model, x, share_stem=self.share_stem, drop_relu=self.drop_relu
-                )
-                if self._graph.reason:
-                    unshared.append(f"the stem is computed in every branch: {self._graph.reason}")
-            except UntraceableError as error:
-                unshared.append(f"the stem is computed in every branch: {error}")
-        for sentence in unshared:
-            warnings.warn(sentence, stacklevel=3)
-        self._norm_rows = [_NormRows(norm) for norm in self._norms]
-        self._started = True
-
-    def _accumulate(self, x: Any, target: Any, draw: dict[str, int]) -> dict[str, Tensor]:
-        """All branches forward and backward; their gradients add up. The losses by branch."""
+    def _gradients(
+        self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Run all branches; their gradients add up. The losses and outputs by branch, detached."""
         losses: dict[str, Tensor] = {}
-        teacher: Tensor | None = None
-        shared: tuple[Any, ...] = (x,)
-        forward = self.model
-        if self._bank is not None:
-            self._bank.quantize()
-            torch.clear_autocast_cache()  # of the last step's quantized weights
-        self._norm_rows = [
-            rows if rows.is_current() else _NormRows(rows.norm) for rows in self._norm_rows
-        ]
-        for rows in self._norm_rows:
-            rows.norm.ready_rows = rows.rows
-        if self._graph is not None:
-            forward = self._graph.rest
-            shared = self._graph.forward_stem(x, len(self.bits) + 1)
-        try:
-            for branch, bits in self._branches(draw):
-                self._select(bits)
-                if self._bank is not None:
-                    for name, layer in self.layers.items():
-                        layer.ready_weight = self._bank.weight(name, bits[name])
-                output = forward(*shared)
-                if teacher is not None:
-                    loss = F.cross_entropy(output, teacher)
-                else:
-                    loss = self.loss_fn(output, target)
-                    if self.distill:
-                        teacher = output.detach().softmax(dim=1)
-                loss.backward()
+        outputs: dict[str, Any] = {}
+        selected = draw if by_tensor else None
+        with self._autocast(), self._runner.step(x, len(self.bits) + 1, by_tensor=selected) as run:
+            for branch, output, loss in self._passes(draw, target, run):
+                with torch.autocast(loss.device.type, enabled=False):
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 losses[branch] = loss.detach()
-        finally:
-            for layer in self.layers.values():
-                layer.ready_weight = None
-            for norm in self._norms:
-                norm.ready_rows = None
-        if self._graph is not None:
-            self._graph.backward_stem()
-        if self._bank is not None:
-            self._bank.backward()
-        for rows in self._norm_rows:
-            rows.collect()
-        return losses
+                outputs[branch] = tree_map(_detached, output)
+        return losses, outputs
 
-    def _branches(self, draw: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+    def _captured_gradients(
+        self, x: Tensor, target: Tensor, draw: Bits
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The same as one CUDA graph, once it is captured and where it fits the batch."""
+        self._runner.set_selection(draw)
+        if self._captured is None and self._eager_steps >= STEPS_BEFORE_CAPTURE:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+            def compute(x: Tensor, target: Tensor) -> dict[str, Tensor]:
+                losses, outputs = self._gradients(x, target, draw, by_tensor=True)
+                named = {f"output of {branch}": output for branch, output in outputs.items()}
+                return losses | named
+
+            self._captured = CapturedStep(compute, parameters, x, target)
+        if self._captured is None or not self._captured.fits(x, target):
+            self._eager_steps += 1
+            return self._gradients(x, target, draw, by_tensor=self._eager_steps > 1)
+        results = self._captured.replay(x, target)
+        branches = [branch for branch in results if not branch.startswith("output of ")]
+        return (
+            {branch: results[branch] for branch in branches},
+            {branch: results[f"output of {branch}"] for branch in branches},
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        # No cache: the quantized weights change within the block.
+        device = device_of(self.model).type
+        return torch.autocast(device, dtype=self.autocast, cache_enabled=False)
+
+    def _passes(
+        self, draw: Bits, target: Any, run: Callable[[Bits], Any]
+    ) -> Iterator[tuple[str, Any, Tensor]]:
+        """Every branch run forward: its name, its output and its loss."""
+        teacher: Tensor | None = None
+        for branch, bits in self._branches(draw):
+            output = run(bits)
+            if teacher is not None:
+                loss = F.cross_entropy(output, teacher)
+            else:
+                loss = self.loss_fn(output, target)
+                if self.distill:
+                    teacher = output.detach().softmax(dim=1)
+            yield branch, output, loss
+
+    def _repeat(self, step: int, branch: str, x: Any, target: Any) -> None:
+        """Run one branch of a step again, in distillation after its teacher."""
+        with self._autocast():
+            draw = self.draw(step - 1)
+            for name, _, loss in self._passes(draw, target, partial(self._runner.run_alone, x)):
+                if name == branch:
+                    loss.backward()
+                    return
+
+    def _branches(self, draw: Bits) -> Iterator[tuple[str, Bits]]:
         for bits in self.bits:
             yield str(bits), dict.fromkeys(self.layers, bits)
         yield RANDOM_BRANCH, draw
 
-    def _select(self, bits: dict[str, int]) -> None:
-        for name, layer in self.layers.items():
-            layer.select(bits[name], bits[name])
-        for norm in self._norms:
-            norm.select(bits[norm.source])
 
-
-class _NormRows:
-    """The rows of a switchable batch normalisation, cut once instead of in every pass.
-
-    The rows of its parameters are leaves; ``collect()`` hands their gradients on.
-    """
-
-    def __init__(self, norm: SwitchableBatchNorm) -> None:
-        self.norm = norm
-        self.rows = [norm.row(index) for index in range(len(norm.bits))]
-        self._parameters = dict(norm.named_parameters(recurse=False))
-        self._addresses = self._now()
-        self._leaves = {
-            name: [row.requires_grad_(parameter.requires_grad) for row in parameter.detach()]
-            for name, parameter in self._parameters.items()
-        }
-        for name, leaves in self._leaves.items():
-            for row, leaf in zip(self.rows, leaves, strict=True):
-                row[name] = leaf
-
-    def is_current(self) -> bool:
-        """Whether the rows still are views of the module's tensors."""
-        return self._now() == self._addresses
-
-    def collect(self) -> None:
-        """Give the parameters the gradients of their rows; none where no row has one."""
-        for name, leaves in self._leaves.items():
-            if any(leaf.grad is not None for leaf in leaves):
-                self._parameters[name].grad = torch.stack(
-                    [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-                )
-            for leaf in leaves:
-                leaf.grad = None
-
-    def _now(self) -> list[tuple[int, bool]]:
-        tensors = (*self.norm.parameters(recurse=False), *self.norm.buffers(recurse=False))
-        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

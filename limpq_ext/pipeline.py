@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,18 +20,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checkpoint import Checkpoint
 from .costs import Costs, profile
 from .data import Data, load_data, make_loader
-from .files import open_atomically, write_json
+from .distributed import broadcast_state, from_main, rank
+from .files import open_atomically, remove_leftovers, write_json
 from .finetune import finetune
 from .indicators import Indicators
 from .joint import JointTrainer
+from .metrics import Journal, Meter, MetricsFile, Record, TensorBoard
 from .models import create_model, load_weights, save_weights
 from .policy import Policy
 from .prepare import apply_policy, prepare
 from .recipe import LevelSection, Recipe, TrainingSection, dump_recipe
 from .search import UniformLevel, search
-from .training import EpochDone, Evaluation, StepDone, evaluate, make_optimizer, run_epochs
+from .training import (
+    EpochDone,
+    Evaluation,
+    Recording,
+    StepDone,
+    evaluate,
+    make_optimizer,
+    run_epochs,
+)
 
 FLOAT_WEIGHTS = "float.safetensors"
 INDICATORS = "indicators.json"
@@ -42,6 +54,7 @@ UNIFORM_FINETUNED = "uniform.safetensors"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 STAGES = "stages.json"
+TENSORBOARD = "tensorboard"
 
 
 class Reporter(Protocol):
@@ -93,61 +106,69 @@ class RunReport:
 def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter) -> RunReport:
     """Run all stages of a recipe.
 
+    A stage that was interrupted goes on from its checkpoint, which is removed when it is done. With
+    several processes (torchrun) all of them call this; process 0 alone reads and writes the folder.
+
     Args:
         recipe: What to do.
         folder: Where the files go; made where it is missing.
-        fresh: Run every stage again, also those whose inputs did not change.
+        fresh: Run every stage again, also those whose inputs did not change or that have a
+            checkpoint.
         reporter: Gets titles, progress and lines.
 
     Raises:
         ValueError: The recipe cannot be run, or a file in the folder was not written, or was
-            changed after it was written, by a run; nothing is overwritten then.
+            changed after it was written, by a run, or a checkpoint belongs to another recipe;
+            nothing is overwritten then.
+        Interrupted: SIGINT or SIGTERM came while a stage trained; its checkpoint is written.
     """
     session = Session(recipe)
-    stages = _Stages(folder, fresh, reporter)
-    with open_atomically(folder / RECIPE) as file:
-        file.write(dump_recipe(recipe).encode())
+    stages = _Stages(folder, fresh, reporter, recipe)
     part = recipe.model_dump(mode="json")
     common = {key: part[key] for key in ("seed", "model", "data")}
 
-    with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as go:
-        if go:
+    with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as stage:
+        if stage.go:
             with reporter.stage("training the float network") as on_step:
-                model = session.train_float(on_step, stages.log("float"))
-            save_weights(model, folder / FLOAT_WEIGHTS)
+                model = session.train_float(on_step, None, stage.recording)
+            stage.write(lambda: save_weights(model, folder / FLOAT_WEIGHTS))
 
     with stages.stage(
         "indicators", [INDICATORS], [common, part["bits"], part["joint"]], [FLOAT_WEIGHTS]
-    ) as go:
-        if go:
+    ) as stage:
+        if stage.go:
             with reporter.stage("joint training of the indicators") as on_step:
                 indicators = session.train_indicators(
-                    session.float_model(folder / FLOAT_WEIGHTS), on_step, stages.log("indicators")
+                    session.float_model(folder / FLOAT_WEIGHTS), on_step, None, stage.recording
                 )
-            indicators.save(folder / INDICATORS)
+            stage.write(lambda: indicators.save(folder / INDICATORS))
 
-    with stages.stage("profile", [COSTS], [common]) as go:
-        if go:
-            session.profile().save(folder / COSTS)
-    costs = Costs.load(folder / COSTS)
+    with stages.stage("profile", [COSTS], [common]) as stage:
+        if stage.go:
+            stage.write(lambda: session.profile().save(folder / COSTS))
+    costs = from_main(lambda: Costs.load(folder / COSTS))
 
-    with stages.stage("search", [POLICY], [part["search"]], [INDICATORS, COSTS]) as go:
-        if go:
-            policy = search_policy(recipe, Indicators.load(folder / INDICATORS), costs)
-            policy.save(folder / POLICY)
-    policy = Policy.load(folder / POLICY)
+    with stages.stage("search", [POLICY], [part["search"]], [INDICATORS, COSTS]) as stage:
+        if stage.go:
+            stage.write(
+                lambda: search_policy(recipe, Indicators.load(folder / INDICATORS), costs).save(
+                    folder / POLICY
+                )
+            )
+    policy = from_main(lambda: Policy.load(folder / POLICY))
 
     tuned = [common, part["finetune"]]
-    with stages.stage("finetune", [FINETUNED], tuned, [FLOAT_WEIGHTS, POLICY]) as go:
-        if go:
+    with stages.stage("finetune", [FINETUNED], tuned, [FLOAT_WEIGHTS, POLICY]) as stage:
+        if stage.go:
             with reporter.stage("fine-tuning the policy") as on_step:
                 model = session.finetune_policy(
                     session.float_model(folder / FLOAT_WEIGHTS),
                     policy,
                     on_step,
-                    stages.log("finetune"),
+                    None,
+                    stage.recording,
                 )
-            save_weights(model, folder / FINETUNED)
+            stage.write(lambda: save_weights(model, folder / FINETUNED))
 
     level = recipe.baseline
     uniform = Policy.uniform(costs, level.weight_bits, level.activation_bits)
@@ -156,22 +177,24 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
         [UNIFORM_POLICY, UNIFORM_FINETUNED],
         [*tuned, part["baseline"]],
         [FLOAT_WEIGHTS, COSTS],
-    ) as go:
-        if go:
+    ) as stage:
+        if stage.go:
             title = f"fine-tuning uniform W{level.weight_bits}A{level.activation_bits}"
             with reporter.stage(title) as on_step:
                 model = session.finetune_policy(
                     session.float_model(folder / FLOAT_WEIGHTS),
                     uniform,
                     on_step,
-                    stages.log("baseline"),
+                    None,
+                    stage.recording,
                 )
-            uniform.save(folder / UNIFORM_POLICY)
-            save_weights(model, folder / UNIFORM_FINETUNED)
+            stage.write(lambda: uniform.save(folder / UNIFORM_POLICY))
+            stage.write(lambda: save_weights(model, folder / UNIFORM_FINETUNED))
 
     float_bits = dict.fromkeys((layer.name for layer in costs.layers), (32, 32))
     results = []
-    with stages.stage("evaluate", [], [], always=True):
+    with stages.stage("evaluate", [], [], always=True) as stage:
+        stage.journal.start()
         for name, chosen, weights in (
             ("float", None, FLOAT_WEIGHTS),
             ("policy", policy, FINETUNED),
@@ -179,7 +202,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
         ):
             with reporter.stage(f"evaluating {name}") as on_step:
                 evaluation = session.evaluate(folder / weights, chosen, on_step)
-            stages.log("evaluate")({"network": name, **asdict(evaluation)})
+            stage.journal.write({"network": name, **asdict(evaluation)})
             bits = float_bits if chosen is None else chosen.bits()
             size_bits = 32 * costs.all_weights if chosen is None else costs.size_bits(bits)
             results.append(
@@ -216,19 +239,30 @@ class Session:
         return model_for(self.recipe, self.data)
 
     def float_model(self, weights: Path) -> nn.Module:
-        """The float model with weights from a file, on the device."""
+        """The float model with weights from a file, on the device; process 0 reads the file."""
         model = self.create_model()
-        load_weights(model, weights)
-        return model.to(self.device)
+        from_main(lambda: load_weights(model, weights))
+        model.to(self.device)
+        broadcast_state(model)
+        return model
 
-    def train_float(self, on_step: StepDone | None, on_epoch: EpochDone | None) -> nn.Module:
+    def train_float(
+        self,
+        on_step: StepDone | None,
+        on_epoch: EpochDone | None,
+        recording: Recording | None = None,
+    ) -> nn.Module:
         """The float model, trained from its random start."""
         model = self.create_model().to(self.device)
-        self._finetune(model, self.recipe.float_training, on_step, on_epoch)
+        self._finetune(model, self.recipe.float_training, on_step, on_epoch, recording)
         return model
 
     def train_indicators(
-        self, model: nn.Module, on_step: StepDone | None, on_epoch: EpochDone | None
+        self,
+        model: nn.Module,
+        on_step: StepDone | None,
+        on_epoch: EpochDone | None,
+        recording: Recording | None = None,
     ) -> Indicators:
         """The indicators of a float model."""
         options = self.recipe.joint
@@ -245,21 +279,34 @@ class Session:
         def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(output, target, label_smoothing=options.label_smoothing)
 
+        meter = Meter(self.device)
         trainer = JointTrainer(
-            prepared, optimizer, loss_fn, distill=options.distill, seed=self.recipe.seed
+            prepared,
+            optimizer,
+            loss_fn,
+            distill=options.distill,
+            seed=self.recipe.seed,
+            on_branch=meter.add_branch,
         )
 
         def take_step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            losses = trainer.step(x, target).losses.values()
-            return torch.stack(list(losses)).mean()
+            losses = trainer.step(x, target).losses
+            for branch, loss in losses.items():
+                meter.add(f"loss {branch}", loss)
+            return torch.stack(list(losses.values())).mean()
 
         run_epochs(
             take_step,
             optimizer,
             self._train_loader(options),
+            model=prepared,
             epochs=options.epochs,
             warmup_epochs=options.warmup_epochs,
-            device=self.device,
+            parts={"trainer": trainer},
+            meter=meter,
+            check=trainer.check,
+            observe=lambda: {"indicators": _by_layer(trainer.indicators())},
+            recording=recording,
             on_step=on_step,
             on_epoch=on_epoch,
         )
@@ -275,10 +322,11 @@ class Session:
         policy: Policy,
         on_step: StepDone | None,
         on_epoch: EpochDone | None,
+        recording: Recording | None = None,
     ) -> nn.Module:
         """The quantized model of a policy, fine-tuned from a float model."""
         quantized = apply_policy(model, policy).to(self.device)
-        self._finetune(quantized, self.recipe.finetune, on_step, on_epoch)
+        self._finetune(quantized, self.recipe.finetune, on_step, on_epoch, recording)
         return quantized
 
     def evaluate(
@@ -288,18 +336,21 @@ class Session:
         model = self.create_model()
         if policy is not None:
             model = apply_policy(model, policy)
-        load_weights(model, weights)
+        from_main(lambda: load_weights(model, weights))
+        model.to(self.device)
+        broadcast_state(model)
         loader = make_loader(
             self.data.test, batch_size=256, train=False, workers=self.recipe.data.workers
         )
-        return evaluate(model.to(self.device), loader, on_step=on_step)
+        return evaluate(model, loader, on_step=on_step)
 
     def example_input(self) -> torch.Tensor:
         """One empty image."""
         return torch.zeros(1, *self.data.image_shape)
 
     def _train_loader(self, options: TrainingSection) -> Any:
-        torch.manual_seed(self.recipe.seed)
+        # Every process drops out other activations.
+        torch.manual_seed(self.recipe.seed + rank())
         return make_loader(
             self.data.train,
             batch_size=options.batch_size,
@@ -314,10 +365,12 @@ class Session:
         options: TrainingSection,
         on_step: StepDone | None,
         on_epoch: EpochDone | None,
+        recording: Recording | None,
     ) -> None:
         finetune(
             model,
             self._train_loader(options),
+            recording=recording,
             on_step=on_step,
             on_epoch=on_epoch,
             **options.model_dump(exclude={"batch_size"}),
@@ -346,6 +399,8 @@ def search_policy(recipe: Recipe, indicators: Indicators, costs: Costs) -> Polic
 def choose_device(name: str) -> torch.device:
     """The device of a recipe: "auto" is CUDA where there is one.
 
+    In a run of several processes "auto" and "cuda" are the GPU of this process.
+
     Raises:
         ValueError: There is no such device here.
     """
@@ -362,17 +417,65 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_recording(recipe: Recipe, *, checkpoint: Path, key: str, journal: Journal) -> Recording:
+    """Checkpoints and records of a stage, as the recipe wants them.
+
+    Args:
+        recipe: Says how often.
+        checkpoint: The file.
+        key: What the checkpoint has to belong to, see :func:`digest_of`.
+        journal: Where records go.
+    """
+    steps, minutes = recipe.checkpoint_steps, recipe.checkpoint_minutes
+    return Recording(
+        Checkpoint(checkpoint, key=key, steps=steps, minutes=minutes), journal, recipe.log_steps
+    )
+
+
+def digest_of(settings: Sequence[Any], files: Mapping[str, Path]) -> str:
+    """A digest of what a stage depends on: settings, and files by a name that is kept."""
+    read = {name: _digest(path) for name, path in files.items()}
+    return hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage about to run, or not.
+
+    Attributes:
+        go: Whether it has to run.
+        journal: Where its records go.
+        recording: The same with its checkpoint.
+    """
+
+    go: bool
+    journal: Journal
+    recording: Recording
+
+    def write(self, save: Callable[[], None]) -> None:
+        """Write an output in process 0; the others wait, and fail where it does."""
+        from_main(save)
+
+
 class _Stages:
     """Runs stages of a folder, or finds that they need not run."""
 
-    def __init__(self, folder: Path, fresh: bool, reporter: Reporter) -> None:
+    def __init__(self, folder: Path, fresh: bool, reporter: Reporter, recipe: Recipe) -> None:
         self.folder = folder
-        self.fresh = fresh
         self.reporter = reporter
+        self.recipe = recipe
         self.seconds: dict[str, float] = {}
         self.reused: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
         self.record: dict[str, Any] = {}
+        self.files: list[Any] = [MetricsFile(folder / METRICS)]
+        from_main(lambda: self._open(fresh))
+
+    def _open(self, fresh: bool) -> None:
+        """Read the record of the folder and write the recipe into it."""
+        folder = self.folder
+        if self.recipe.tensorboard:
+            self.files.append(TensorBoard(folder / TENSORBOARD))
+        folder.mkdir(parents=True, exist_ok=True)
         if (folder / STAGES).exists():
             try:
                 self.record = json.loads((folder / STAGES).read_text(encoding="utf-8"))
@@ -383,6 +486,16 @@ class _Stages:
                 f"{folder} holds a {RECIPE} but no {STAGES}: it is not the folder of a run;"
                 " choose another with --out"
             )
+        for name in (STAGES, RECIPE, METRICS):
+            remove_leftovers(folder / name)
+        # What torchrun starts again after a failure goes on with the run that it started.
+        if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+            for name, stage in self.record.items():
+                stage["inputs"] = ""
+                (folder / _checkpoint_name(name)).unlink(missing_ok=True)
+        write_json(folder / STAGES, self.record)
+        with open_atomically(folder / RECIPE) as file:
+            file.write(dump_recipe(self.recipe).encode())
 
     @contextmanager
     def stage(
@@ -393,41 +506,59 @@ class _Stages:
         inputs: Sequence[str] = (),
         *,
         always: bool = False,
-    ) -> Iterator[bool]:
-        """Whether the stage has to run; what it does in the block is recorded after it."""
+    ) -> Iterator[_Stage]:
+        """A stage that says whether it has to run; what it does in the block is recorded after."""
+        go, key, seconds = from_main(lambda: self._begin(name, outputs, settings, inputs, always))
+        journal = Journal(name, self.files, self.reporter.say)
+        checkpoint = self.folder / _checkpoint_name(name)
+        stage = _Stage(
+            go,
+            journal,
+            make_recording(self.recipe, checkpoint=checkpoint, key=key, journal=journal),
+        )
+        if not go:
+            self.reused.append(name)
+            self.seconds[name] = seconds
+            yield stage
+            return
+        start = time.perf_counter()
+        yield stage
+        self.seconds[name] = time.perf_counter() - start
+        from_main(lambda: self._finish(name, outputs, key))
+
+    def _begin(
+        self,
+        name: str,
+        outputs: Sequence[str],
+        settings: Sequence[Any],
+        inputs: Sequence[str],
+        always: bool,
+    ) -> tuple[bool, str, float]:
+        """Whether the stage has to run, the digest of its inputs, and what it took before."""
+        for file in outputs:
+            remove_leftovers(self.folder / file)
         self._refuse_foreign(name, outputs)
-        read = {file: _digest(self.folder / file) for file in inputs}
-        key = hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
+        key = digest_of(settings, {file: self.folder / file for file in inputs})
         before = self.record.get(name)
         whole = all((self.folder / file).exists() for file in outputs)
         fit = before is not None and before["inputs"] == key and whole
-        if before is not None and fit and not self.fresh and not always:
+        if before is not None and fit and not always:
             self.reporter.say(f"{name}: nothing it depends on has changed, reused")
-            self.reused.append(name)
-            self.seconds[name] = before["seconds"]
-            yield False
-            return
+            (self.folder / _checkpoint_name(name)).unlink(missing_ok=True)
+            return False, key, before["seconds"]
         # Claimed before they are written, so that a stage that was killed can run again.
         self.record[name] = {"inputs": "", "outputs": dict.fromkeys(outputs), "seconds": 0.0}
         write_json(self.folder / STAGES, self.record)
-        start = time.perf_counter()
-        yield True
-        self.seconds[name] = time.perf_counter() - start
+        return True, key, 0.0
+
+    def _finish(self, name: str, outputs: Sequence[str], key: str) -> None:
         self.record[name] = {
             "inputs": key,
             "outputs": {file: _digest(self.folder / file) for file in outputs},
             "seconds": round(self.seconds[name], 3),
         }
         write_json(self.folder / STAGES, self.record)
-
-    def log(self, stage: str) -> Callable[[dict[str, Any]], None]:
-        """Appends records to the metrics, a line each."""
-
-        def append(record: dict[str, Any]) -> None:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, **record}) + "\n")
-
-        return append
+        (self.folder / _checkpoint_name(name)).unlink(missing_ok=True)
 
     def _refuse_foreign(self, name: str, outputs: Sequence[str]) -> None:
         """Keep files that no run wrote, or that somebody edited."""
@@ -440,6 +571,20 @@ class _Stages:
                 raise ValueError(
                     f"{path} {how} and would be overwritten: move it away or choose another --out"
                 )
+
+
+def _checkpoint_name(stage: str) -> str:
+    return f"{stage}.checkpoint"
+
+
+def _by_layer(indicators: Indicators) -> Record:
+    return {
+        layer.name: {
+            "weight": {str(bits): value for bits, value in layer.weight.items()},
+            "activation": {str(bits): value for bits, value in layer.activation.items()},
+        }
+        for layer in indicators.layers
+    }
 
 
 def _digest(path: Path) -> str:

@@ -87,6 +87,16 @@ class Recipe(_Section):
     device: str = Field(
         "auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
     )
+    checkpoint_minutes: float = Field(
+        10, ge=0, description="a checkpoint when so many minutes have passed; 0: not by time"
+    )
+    checkpoint_steps: int = Field(
+        0, ge=0, description="a checkpoint after so many steps; 0: not by steps"
+    )
+    log_steps: int = Field(
+        0, ge=0, description="numbers are written after so many steps; 0: after epochs alone"
+    )
+    tensorboard: bool = Field(False, description="write TensorBoard events beside the metrics")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     bits: tuple[int, ...] = (2, 3, 4, 5, 6)

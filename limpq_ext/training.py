@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sized
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +17,18 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from .checkpoint import (
+    Checkpoint,
+    Interrupted,
+    Stateful,
+    StopSignals,
+    agree_to_stop,
+    own_part,
+    set_random_states,
+)
+from .distributed import add_up, broadcast_state, rank, world_size
+from .failures import NonFiniteError
+from .metrics import Journal, Meter, Record, guarded_scales, memory
 from .quantizers import LsqQuantizer
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -20,7 +36,7 @@ OPTIMIZERS = ("sgd", "adamw")
 StepDone = Callable[[int, int], None]
 """Called after every optimizer step with the steps done and the steps in all."""
 
-EpochDone = Callable[[dict[str, float]], None]
+EpochDone = Callable[[Record], None]
 """Called after every epoch with its numbers: "epoch" (from 1), "loss", "lr", ..."""
 
 
@@ -45,6 +61,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a classifier; it is put back into the mode it was in.
 
+    In a run of several processes each evaluates the batches of its own loader, and all get the
+    result over all of them; :func:`limpq_ext.data.make_loader` gives each its share.
+
     Args:
         model: Maps a batch to class scores ``[batch, classes]``.
         loader: Batches of inputs and class indices; moved to the model's device.
@@ -56,23 +75,23 @@ def evaluate(
     device = device_of(model)
     training = model.training
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    samples = 0
+    # Counts are exact in float64 up to 2**53.
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     try:
         for step, (x, target) in enumerate(loader, start=1):
             x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
             scores = model(x)
-            correct += (scores.argmax(dim=1) == target).sum()
-            loss += F.cross_entropy(scores, target, reduction="sum").double()
-            samples += len(target)
+            sums[0] += (scores.argmax(dim=1) == target).sum()
+            sums[1] += F.cross_entropy(scores, target, reduction="sum").double()
+            sums[2] += len(target)
             if on_step is not None:
                 on_step(step, _length(loader))
     finally:
         model.train(training)
+    correct, loss, samples = add_up(sums).tolist()
     if samples == 0:
         raise ValueError("cannot evaluate on an empty data set")
-    return Evaluation(int(correct) / samples, float(loss) / samples, samples)
+    return Evaluation(correct / samples, loss / samples, int(samples))
 
 
 def make_optimizer(
@@ -110,10 +129,12 @@ def make_optimizer(
         {"params": plain, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # On a GPU one kernel for all parameters, which can also be told on the device to hold back.
+    fused = device_of(model).type == "cuda"
     if optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
     if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
     raise ValueError(f"optimizer is '{optimizer}', expected one of {', '.join(OPTIMIZERS)}")
 
 
@@ -137,34 +158,71 @@ def cosine_with_warmup(
     return LambdaLR(optimizer, factor)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What a training keeps beside its result.
+
+    Attributes:
+        checkpoint: Where its state is kept; it goes on from there if there is one.
+        journal: Where its records go.
+        log_steps: A record after this many steps; 0: after every epoch alone.
+    """
+
+    checkpoint: Checkpoint | None = None
+    journal: Journal | None = None
+    log_steps: int = 0
+
+
 def run_epochs(
     take_step: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
+    model: nn.Module,
     epochs: int,
     warmup_epochs: float = 0.0,
-    device: torch.device,
+    parts: Mapping[str, Stateful],
+    meter: Meter | None = None,
+    check: Callable[[], None] | None = None,
+    observe: Callable[[], Record] | None = None,
+    recording: Recording | None = None,
     on_step: StepDone | None = None,
     on_epoch: EpochDone | None = None,
-) -> list[dict[str, float]]:
+) -> list[Record]:
     """Run epochs over a loader, with the learning rate's course.
+
+    The host waits for the device where records are written and checkpoints saved, not in between.
+    SIGINT and SIGTERM end the run after the step, with a checkpoint where ``recording`` has one.
+    A run that goes on from a checkpoint ends, on the CPU, with the same bits as one that was never
+    stopped, if the order of ``loader`` depends on the epoch alone: that of
+    :func:`limpq_ext.data.make_loader`, a list, or a DataLoader whose sampler has ``set_epoch``.
 
     Args:
         take_step: Takes one optimizer step on a batch and returns its loss, a detached scalar.
         optimizer: The one that ``take_step`` uses.
         loader: Batches of inputs and targets; it has a length.
+        model: What is trained. Batches are moved to its device; at the end all processes get the
+            buffers of process 0 (batch normalisation has statistics per process until then).
         epochs: At least 1.
         warmup_epochs: Epochs of linear warm-up.
-        device: Where batches are moved.
+        parts: What has a state that a checkpoint keeps, by name: together with the learning rate's
+            course, all that ``take_step`` depends on.
+        meter: What ``take_step`` adds its numbers to.
+        check: Raises if a step since the last call was not finite.
+        observe: More numbers for every record.
+        recording: Checkpoints and records.
         on_step: Called after every step.
         on_epoch: Called after every epoch.
 
     Returns:
-        One record per epoch: epoch, loss (mean over steps), lr (the last).
+        One record per epoch: epoch, step (steps so far), loss (mean over its steps), lr (the last),
+        accuracy or branches (on the training batches), images_per_second, memory in bytes,
+        guarded_scales (how many step sizes are at their lower bound), and what ``observe`` gives.
 
     Raises:
         ValueError: ``epochs`` is below 1, the loader is empty, or the loss became NaN or infinite.
+        FileFormatError: The checkpoint cannot be read or belongs to another training.
+        Interrupted: A signal came.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, expected at least 1")
@@ -172,28 +230,188 @@ def run_epochs(
     if steps_per_epoch == 0:
         raise ValueError("cannot train on an empty data set")
     total = epochs * steps_per_epoch
+    recording = recording or Recording()
+    checkpoint, journal = recording.checkpoint, recording.journal
+    device = device_of(model)
+    meter = meter or Meter(device)
     schedule = cosine_with_warmup(
         optimizer, steps=total, warmup_steps=round(warmup_epochs * steps_per_epoch)
     )
-    records = []
-    done = 0
-    for epoch in range(1, epochs + 1):
-        loss_sum = torch.zeros((), device=device)
-        for x, target in loader:
-            x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
-            loss_sum += take_step(x, target)
-            schedule.step()
-            done += 1
-            if on_step is not None:
-                on_step(done, total)
-        loss = float(loss_sum) / steps_per_epoch
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in epoch {epoch}: lower the learning rate")
-        record = {"epoch": epoch, "loss": loss, "lr": float(schedule.get_last_lr()[0])}
-        records.append(record)
-        if on_epoch is not None:
-            on_epoch(record)
-    return records
+    course = _Course({**parts, "schedule": schedule})
+    saved = None if checkpoint is None else checkpoint.load()
+    if checkpoint is not None and saved is not None:
+        course.load_state_dict(saved)
+        if journal is not None:
+            journal.report(f"going on after step {course.step} of {total} from {checkpoint.path}")
+    if journal is not None:
+        journal.start(course.step)
+
+    def finished(record: Record, sums: Mapping[str, float]) -> Record:
+        """The record with all its numbers, written to the journal."""
+        record |= {**_means(sums), "lr": float(schedule.get_last_lr()[0]), **memory(device)}
+        if not math.isfinite(record["loss"]):
+            raise ValueError(f"the loss became {record['loss']} by step {course.step}")
+        if observe is not None:
+            record |= observe()
+        if journal is not None:
+            journal.write(record)
+        return record
+
+    signals = StopSignals()
+    with signals.noticed(), _naming_kept(checkpoint):
+        for epoch in range(course.step // steps_per_epoch + 1, epochs + 1):
+            batches = _batches(loader, epoch - 1, course.step % steps_per_epoch)
+            if saved is not None:
+                # After the loader started, which may have drawn numbers.
+                _take_over(saved, meter, journal)
+                saved = None
+            for x, target in batches:
+                x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
+                meter.add("loss", take_step(x, target))
+                meter.add("steps", 1)
+                meter.add("images", len(x))
+                schedule.step()
+                course.step += 1
+                if on_step is not None:
+                    on_step(course.step, total)
+                ends = course.step % steps_per_epoch == 0
+                logs = recording.log_steps > 0 and course.step % recording.log_steps == 0
+                received, due = agree_to_stop(signals, checkpoint, course.step)
+                if check is not None and (ends or logs or received or due):
+                    check()
+                if ends or logs:
+                    sums = course.read(meter)
+                    if logs:
+                        finished({"step": course.step}, sums)
+                if ends:
+                    record = {
+                        "epoch": epoch,
+                        "step": course.step,
+                        **_guarded(model, epoch, journal),
+                    }
+                    course.records.append(finished(record, course.epoch_sums))
+                    course.epoch_sums = {}
+                    if on_epoch is not None:
+                        on_epoch(record)
+                if checkpoint is not None and (received or due):
+                    checkpoint.save(course.state_dict(), {"meter": meter.state_dict()})
+                if received:
+                    raise Interrupted(received, _farewell(received, course.step, total, checkpoint))
+    broadcast_state(model, buffers_only=True)
+    return course.records
+
+
+class _Course:
+    """How far a training is, and all that the rest of it depends on."""
+
+    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+        self.step = 0
+        self.records: list[Record] = []
+        self.epoch_sums: dict[str, float] = {}
+        self._parts = parts
+        self._clock = time.monotonic()
+
+    def read(self, meter: Meter) -> dict[str, float]:
+        """What the meter says since the last read; the sums of the epoch get it too."""
+        now = time.monotonic()
+        sums = {**meter.read(), "seconds": now - self._clock}
+        meter.reset()
+        self._clock = now
+        for name, value in sums.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+        return sums
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "records": self.records,
+            "epoch_sums": self.epoch_sums,
+            "seconds": time.monotonic() - self._clock,
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+        self.records = list(state["records"])
+        self.epoch_sums = dict(state["epoch_sums"])
+        self._clock = time.monotonic() - state["seconds"]
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+
+
+def _means(sums: Mapping[str, float]) -> Record:
+    """Loss, accuracy and speed from the sums of some steps."""
+    means: Record = {"loss": sums["loss"] / sums["steps"]}
+    branches: dict[str, Record] = {}
+    for name, value in sums.items():
+        kind, _, branch = name.partition(" ")
+        if kind == "correct":
+            accuracy = value / sums[f"samples {branch}"]
+            (branches.setdefault(branch, {}) if branch else means)["accuracy"] = accuracy
+        elif kind == "loss" and branch:
+            branches.setdefault(branch, {})["loss"] = value / sums["steps"]
+    if branches:
+        means["branches"] = branches
+    return {**means, "images_per_second": sums["images"] / max(sums["seconds"], 1e-9)}
+
+
+def _guarded(model: nn.Module, epoch: int, journal: Journal | None) -> Record:
+    """How many step sizes are at their lower bound; the journal names some of them."""
+    if not any(isinstance(module, LsqQuantizer) for module in model.modules()):
+        return {}
+    names = guarded_scales(model)
+    if names and journal is not None:
+        shown = "; ".join(names[:5]) + ("; ..." if len(names) > 5 else "")
+        journal.report(f"epoch {epoch}: {len(names)} step sizes are at their lower bound: {shown}")
+    return {"guarded_scales": len(names)}
+
+
+def _batches(
+    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, skip: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch (from 0) but for the first ones, which are not loaded if possible."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    if hasattr(batches, "set_position"):
+        batches.set_position(epoch, skip)
+        return iter(loader)
+    sampler: Any = getattr(loader, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return itertools.islice(iter(loader), skip, None)
+
+
+def _take_over(saved: Mapping[str, Any], meter: Meter, journal: Journal | None) -> None:
+    """Go on with what this process had of its own: its random numbers and its sums."""
+    own = own_part(saved)
+    if own is not None:
+        set_random_states(own["random"])
+        meter.load_state_dict(own["meter"])
+        return
+    # Another seed for every process; what it draws was never drawn before.
+    torch.manual_seed(torch.initial_seed() + world_size() * saved["step"] + rank())
+    if journal is not None:
+        journal.report(
+            f"the checkpoint is of {len(saved['processes'])} processes, now there are"
+            f" {world_size()}: the result is not the same to the bit, and sums of the epoch start"
+            " anew"
+        )
+
+
+@contextmanager
+def _naming_kept(checkpoint: Checkpoint | None) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        if checkpoint is not None and checkpoint.path.exists():
+            error.args = (f"{error}; the last good checkpoint is kept: {checkpoint.path}",)
+        raise
+
+
+def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None) -> str:
+    reason = f"stopped by {signal.Signals(number).name} after step {step} of {total}"
+    if checkpoint is None:
+        return f"{reason}; there is no checkpoint to go on from"
+    return f"{reason}; the same command goes on from {checkpoint.path}"
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -101,7 +101,10 @@ def test_the_share_of_other_processes_is_a_share():
 def test_results_survive_their_file(tmp_path):
     step = result("a step", memory={"limpq_ext": 1, "float steps": 2})
     step = dataclasses.replace(
-        step, medians={"limpq_ext": 3.0, "float steps": 2.0}, ratios={"float steps": 0.5}
+        step,
+        medians={"limpq_ext": 3.0, "float steps": 2.0},
+        ratios={"float steps": 0.5},
+        targets={},
     )
     assert "| limpq_ext   | 3.000   | 2.00 " in report.step_table([step])
     results = [result(), step]

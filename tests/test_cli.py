@@ -1,6 +1,8 @@
 """The command line, as a user runs it: results on disk, one-line errors, exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ pytest.importorskip("typer")
 
 import yaml
 
-from limpq_ext import Costs, Indicators, Policy, cli
+from limpq_ext import Costs, Indicators, JointTrainer, Policy, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMPQ_INDICATORS = ROOT.parent / "shared" / "data" / "limpq_resnet50_indicators.pkl"
@@ -165,6 +167,66 @@ def test_each_stage_alone_gives_what_the_run_gave(finished_run, limpq, tmp_path)
         code, said, error = limpq("evaluate", recipe, *arguments)
         assert code == 0, error
         assert "450 samples" in said
+
+
+def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
+    finished_run, limpq, tmp_path, monkeypatch
+):
+    recipe, out, _ = finished_run
+    weights = out.parent / "checkpointed.safetensors"
+    weights.write_bytes((out / "float.safetensors").read_bytes())
+    command = ("indicators", recipe, "--weights", weights, "--checkpoint-steps", 4, "--out")
+    assert limpq(*command, "whole.json")[0] == 0
+    original = JointTrainer.step
+    steps = []
+
+    def step(self, *batch):
+        steps.append(self.steps)
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *batch)
+
+    monkeypatch.setattr(JointTrainer, "step", step)
+    code, _, error = limpq(*command, "i.json")
+    assert code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 10 of 21; the same command goes on from i.json" in error
+    code, said, error = limpq(*command, "i.json")
+    assert code == 0, error
+    assert "going on after step 10 of 21 from i.json.checkpoint" in said
+    assert steps == list(range(21))
+    assert Indicators.load("i.json") == Indicators.load("whole.json")
+    assert not Path("i.json.checkpoint").exists()
+    Path("i.json.checkpoint").write_text("something else")
+    code, _, error = limpq(*command, "i.json", "--force")
+    assert code == 2
+    assert "i.json.checkpoint: not a readable checkpoint" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
+    finished_run, limpq, tmp_path, monkeypatch, number
+):
+    recipe, _, _ = finished_run
+    monkeypatch.setattr("limpq_ext.pipeline.load_data", lambda _: os.kill(os.getpid(), number))
+    code, _, error = limpq("run", recipe, "--out", tmp_path / "out")
+    assert code == 128 + number
+    assert error.strip() == f"limpq: stopped by {signal.Signals(number).name}"
+
+
+def test_tensorboard_events_lie_beside_the_metrics(finished_run, limpq, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    recipe, _, _ = finished_run
+    code, _, error = limpq("run", recipe, "--out", tmp_path / "out", "--tensorboard")
+    assert code == 0, error
+    for stage in ("float", "indicators", "finetune", "baseline", "evaluate"):
+        assert list((tmp_path / "out" / "tensorboard" / stage).glob("events.out.tfevents.*"))
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    epoch = next(line for line in map(json.loads, lines) if line["stage"] == "indicators")
+    assert set(epoch["branches"]) == {"2", "3", "4", "random"}
+    assert epoch["guarded_scales"] == 0
+    indicators = Indicators.load(tmp_path / "out" / "indicators.json")
+    assert set(epoch["indicators"]) == {layer.name for layer in indicators.layers}
 
 
 @pytest.mark.skipif(not LIMPQ_INDICATORS.exists(), reason="LIMPQ's ResNet-50 indicators are absent")

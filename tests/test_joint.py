@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
 from networks import Depthwise, NoNorm, PreActivation, Shared
 from torch import nn
@@ -74,6 +75,9 @@ EXECUTIONS = {
     "weight bank": NOTHING_SHARED | {"weight_bank": True},
     "stem": NOTHING_SHARED | {"share_stem": True},
     "relu": NOTHING_SHARED | {"drop_relu": True},
+    "compiled": {"compile_forward": lambda model: torch.compile(model, backend="aot_eager")},
+    "compiled, nothing shared": NOTHING_SHARED
+    | {"compile_forward": lambda model: torch.compile(model, backend="aot_eager")},
 }
 
 
@@ -112,8 +116,11 @@ def compare_with_plain_loop(network, dtype, tolerance, distill=False, **options)
     trainer = trainer_of(model, x, lr=0.0, clip_value=1e9, distill=distill, **options)
     start_activations(trainer.model, x)
     twin = eager_twin(trainer.model, model).train()
-    plain_loop(twin, trainer.draw(0), x, target, distill)
-    trainer.step(x, target)
+    # Two steps: the first one is never compiled. The learning rate is 0.
+    for step in range(2):
+        twin.zero_grad()
+        plain_loop(twin, trainer.draw(step), x, target, distill)
+        trainer.step(x, target)
 
     def assert_close(name, ours, reference):
         # A bias in front of a batch norm has the gradient 0, which rounding makes 1e-16.
@@ -259,3 +266,90 @@ def test_the_float_stem_keeps_one_batch_norm_with_every_pass_counted():
     assert int(trainer.model.stem[1].num_batches_tracked) == len(BITS) + 1
     norms = [m for m in trainer.model.modules() if isinstance(m, SwitchableBatchNorm)]
     assert all(int(norm.num_batches_tracked.sum()) == len(BITS) + 1 for norm in norms)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_compiled_graph_serves_all_branches_and_draws(wrapped):
+    model, x, target = problem("resnet")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    prepared = prepare(model, BITS, example_input=x)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    if wrapped:
+        compiled = torch.compile(prepared, backend=counter)
+        trainer = JointTrainer(compiled, optimizer, F.cross_entropy)
+    else:
+        trainer = JointTrainer(
+            prepared,
+            optimizer,
+            F.cross_entropy,
+            compile_forward=lambda rest: torch.compile(rest, backend=counter, fullgraph=True),
+        )
+    draws = [trainer.step(x, target).draw for _ in range(4)]
+    assert counter.frame_count == 1
+    assert len({tuple(draw.values()) for draw in draws}) > 1
+    assert list(trainer.layers) == list(quantized_layers(prepared))
+
+
+@pytest.mark.usefixtures("device")
+def test_shared_steps_under_autocast_are_those_of_the_plain_loop():
+    model, x, target = problem("resnet")
+    shared = trainer_of(model, x, lr=0.0, autocast=torch.bfloat16)
+    plain = trainer_of(model, x, lr=0.0, autocast=torch.bfloat16, **NOTHING_SHARED)
+    losses, expected = shared.step(x, target).losses, plain.step(x, target).losses
+    assert shared.scaler is None
+    for branch, loss in losses.items():
+        assert float(loss) == pytest.approx(float(expected[branch]), rel=1e-2)
+    for ours, reference in zip(shared.model.parameters(), plain.model.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        error = (ours.grad - reference.grad).abs().mean()
+        assert error <= 2e-2 * reference.grad.abs().mean() + 1e-5
+
+
+@pytest.mark.usefixtures("device")
+def test_float16_steps_scale_the_loss_until_gradients_are_finite():
+    model, x, target = problem("resnet")
+    trainer = trainer_of(model, x, autocast=torch.float16)
+    before = copy.deepcopy(trainer.model.layer1[0].conv1.weight.detach())
+    for _ in range(20):
+        result = trainer.step(x, target)
+    assert all(loss.isfinite() for loss in result.losses.values())
+    assert trainer.scaler.get_scale() < 2.0**16
+    assert not torch.equal(trainer.model.layer1[0].conv1.weight, before)
+    assert all(parameter.grad.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_an_overflow_under_float16_skips_the_step_and_lowers_the_scale():
+    model, x, target = problem("resnet")
+    trainer = trainer_of(model, x, autocast=torch.float16)
+    trainer.scaler = trainer._update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = copy.deepcopy(trainer.model.layer1[0].conv1.weight.detach())
+    trainer.step(x, target)
+    assert torch.equal(trainer.model.layer1[0].conv1.weight, before)
+    assert trainer.scaler.get_scale() == 2.0**99
+
+
+def test_a_cuda_graph_needs_a_model_on_cuda_and_no_compiler():
+    model, x, _ = problem()
+    with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
+        trainer_of(model, x, cuda_graph=True)
+
+
+@pytest.mark.cuda
+def test_a_captured_step_gives_the_gradients_of_an_ordinary_one():
+    with torch.device("cuda"), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        model, x, target = problem("resnet")
+        graphed = trainer_of(model, x, lr=0.01, cuda_graph=True)
+        plain = trainer_of(model, x, lr=0.01)
+        for step in range(8):
+            batch = torch.randn_like(x)
+            ours, reference = graphed.step(batch, target), plain.step(batch, target)
+            assert (graphed._captured is not None) == (step >= 3)
+            for branch, loss in ours.losses.items():
+                torch.testing.assert_close(loss, reference.losses[branch], rtol=1e-3, atol=1e-4)
+        for name, value in graphed.model.state_dict().items():
+            torch.testing.assert_close(
+                value, plain.model.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name
+            )
+        smaller = graphed.step(x[:2], target[:2])
+        assert all(loss.isfinite() for loss in smaller.losses.values())

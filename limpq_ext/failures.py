@@ -1,0 +1,253 @@
+"""Losses and gradients that become NaN or infinite: noticed without waiting for the device, named.
+
+On the CPU every step is looked at before its update. Elsewhere the device keeps the first bad step,
+its losses and its batch, and holds back further updates where the optimizer can (a fused one, as
+under a gradient scaler), so that the host has to read a flag only now and then. The bad step is
+then repeated, branch by branch and layer by layer, to find where it begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .distributed import gather
+from .quantizers import LsqQuantizer
+
+CHECK_STEPS = 50
+"""How often the flag is read on a device that a read would wait for."""
+
+Repeat = Callable[[int, str, Any, Any], None]
+"""``repeat(step, branch, x, target)`` runs one branch of a step forward and backward, plainly."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient became NaN or infinite.
+
+    Attributes:
+        step: The step, the first is 1.
+        branch: Name of the branch; "" where there are no branches, or none was found.
+        layer: Name of the first layer that shows it; "" where none was found.
+    """
+
+    def __init__(self, message: str, *, step: int, branch: str, layer: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.branch = branch
+        self.layer = layer
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Where a value that is not finite shows first.
+
+    Attributes:
+        layer: Name of a layer, "" where it is none.
+        what: In words.
+    """
+
+    layer: str
+    what: str
+
+
+class FiniteWatch:
+    """Ends a training whose losses or gradients are not finite.
+
+    Args:
+        model: What is trained.
+        optimizer: What updates it.
+        repeat: Repeats a branch of a step, to find the layer.
+        steps: Look after this many steps; 0: every step on the CPU, every ``CHECK_STEPS``
+            elsewhere.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, repeat: Repeat, *, steps: int = 0
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.repeat = repeat
+        self.steps = steps
+        self._recorded: _Record | None = None
+        self._branches: tuple[str, ...] = ()
+
+    def look(
+        self,
+        step: int,
+        branches: Sequence[str],
+        losses: Tensor,
+        grads: Sequence[Tensor],
+        batch: Any,
+    ) -> None:
+        """Look at a step after its gradients added up and before its update.
+
+        Args:
+            step: Its number, the first is 1.
+            branches: Their names.
+            losses: One each, ``[len(branches)]``.
+            grads: Of all parameters that have one.
+            batch: ``(x, target)``.
+
+        Raises:
+            NonFiniteError: This step, or one since the last look, is not finite.
+        """
+        self._branches = tuple(branches)
+        # The largest magnitude: unlike a sum of squares it is infinite only where a gradient is.
+        largest = nn.utils.get_total_norm(grads, torch.inf).to(losses.device)
+        bad = ~(losses.isfinite().all() & largest.isfinite())
+        steps = self.steps or (1 if losses.device.type == "cpu" else CHECK_STEPS)
+        if steps == 1:
+            if bool(bad):
+                self._fail(step, losses, batch)
+            return
+        if self._recorded is None:
+            self._recorded = _Record(losses)
+        self._recorded.add(step, bad, losses, batch)
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # as GradScaler does
+            self.optimizer.found_inf = self._recorded.seen.float()  # type: ignore[attr-defined]
+        if step % steps == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Read what the device noticed; this waits for it.
+
+        Raises:
+            NonFiniteError: A step since the last look was not finite.
+        """
+        if self._recorded is not None and bool(self._recorded.seen):
+            self._fail(*self._recorded.read())
+
+    def _fail(self, step: int, losses: Tensor, batch: Any) -> None:
+        values = dict(zip(self._branches, losses.tolist(), strict=True))
+        bad = [branch for branch, loss in values.items() if not math.isfinite(loss)]
+        what = f"the loss became {values[bad[0]]}" if bad else "a gradient became NaN or infinite"
+        branch, process, sighting = self._locate(step, bad[:1] or self._branches, batch)
+        if sighting is None:
+            branch = bad[0] if bad else ""
+            place = "it did not show again when the step was repeated"
+        else:
+            place = f"it shows first in {sighting.what}" + f" in process {process}" * (process > 0)
+        raise NonFiniteError(
+            f"step {step}{branch and f', branch {branch!r}'}: {what}; {place}."
+            " Lower the learning rate or check the data",
+            step=step,
+            branch=branch,
+            layer="" if sighting is None else sighting.layer,
+        )
+
+    def _locate(
+        self, step: int, branches: Sequence[str], batch: Any
+    ) -> tuple[str, int, Sighting | None]:
+        """Branch, process and place that show it, from running the branches of the step again."""
+        x, target = batch
+        for branch in branches:
+            repeat = partial(self.repeat, step, branch, x, target)
+            for process, seen in enumerate(gather(first_sighting(self.model, x, repeat))):
+                if seen is not None:
+                    return branch, process, seen
+        return "", 0, None
+
+
+class _Record:
+    """The first bad step, kept on the device."""
+
+    def __init__(self, losses: Tensor) -> None:
+        self.seen = torch.zeros((), dtype=torch.bool, device=losses.device)
+        self._step = torch.zeros((), dtype=torch.int64, device=losses.device)
+        self._losses = losses.clone()
+        # One place for each shape of a batch, and whether it was the bad one.
+        self._batches: dict[Any, tuple[Tensor, list[Tensor], Any]] = {}
+
+    @torch.no_grad()
+    def add(self, step: int, bad: Tensor, losses: Tensor, batch: Any) -> None:
+        first = bad & ~self.seen
+        self._step = torch.where(first, step, self._step)
+        self._losses = torch.where(first, losses, self._losses)
+        leaves, spec = tree_flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        here, kept, _ = self._batches.get(shapes, (first, tensors, None))
+        kept = [torch.where(first, new, old) for new, old in zip(tensors, kept, strict=True)]
+        rest = iter(kept)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._batches[shapes] = (here | first, kept, tree_unflatten(leaves, spec))
+        self.seen = self.seen | bad
+
+    def read(self) -> tuple[int, Tensor, Any]:
+        batch = next(batch for here, _, batch in self._batches.values() if bool(here))
+        return int(self._step), self._losses, batch
+
+
+def first_sighting(model: nn.Module, x: Any, run: Callable[[], None]) -> Sighting | None:
+    """The first place in a forward and backward that holds a NaN or an infinity.
+
+    Args:
+        model: What is run; its gradients are lost.
+        x: What goes in.
+        run: Runs the model forward and backward.
+
+    Returns:
+        The place, or None where all is finite.
+    """
+    leaves = [leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)]
+    if not all(_finite(leaf) for leaf in leaves):
+        return Sighting("", "the batch itself")
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return Sighting(name.rpartition(".")[0], f"the parameter '{name}'")
+    found: list[Sighting] = []
+    with _hooks(model, found.append):
+        for parameter in model.parameters():
+            parameter.grad = None
+        run()
+    return found[0] if found else None
+
+
+@contextmanager
+def _hooks(model: nn.Module, report: Callable[[Sighting], None]) -> Iterator[None]:
+    handles: list[Any] = []
+
+    def look_at(tensor: Tensor, sighting: Sighting) -> None:
+        if not _finite(tensor):
+            report(sighting)
+
+    def watch(layer: str, kind: str) -> Callable[[nn.Module, Any, Any], None]:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor in tree_flatten(output)[0]:
+                if not isinstance(tensor, Tensor):
+                    continue
+                look_at(tensor, Sighting(layer, f"the output of {kind}"))
+                if tensor.requires_grad:
+                    gradient = Sighting(layer, f"the gradient at the output of {kind}")
+                    handles.append(tensor.register_hook(partial(look_at, sighting=gradient)))
+
+        return after
+
+    for name, module in model.named_modules():
+        layer, kind = name, f"layer '{name}'" if name else "the model"
+        if isinstance(module, LsqQuantizer):
+            layer, _, quantizer = name.rpartition(".")
+            kind = f"the {quantizer.replace('_', ' ')} of layer '{layer}'"
+        handles.append(module.register_forward_hook(watch(layer, kind)))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sighting = Sighting(name.rpartition(".")[0], f"the gradient of '{name}'")
+            handles.append(parameter.register_hook(partial(look_at, sighting=sighting)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
