@@ -8,6 +8,7 @@ learnable fake quantization. The eager LSQ network at the end is the original's 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -111,6 +112,31 @@ def compiled() -> Callable[[Tensor, Tensor, Thresholds], Tensor]:
     return torch.compile(eager, dynamic=False, fullgraph=True)
 
 
+def compiled_for_all_bits() -> Callable[[Tensor, Tensor, Thresholds], Tensor]:
+    """The same for a network: compiled once per shape, thresholds and factor are inputs.
+
+    As constants they would make a graph for each layer and bit-width.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 1024
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def chain(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
+        s = scale * factor
+        s = (scale - s).detach() + s
+        return round_straight_through(torch.clamp(x / s, low, high)) * s
+
+    @functools.cache
+    def on(device: torch.device, value: float) -> Tensor:
+        return torch.tensor(float(value), device=device)
+
+    def run(x: Tensor, scale: Tensor, how: Thresholds) -> Tensor:
+        limits = (how.quant_min, how.quant_max, how.grad_factor)
+        return chain(x, scale, *(on(x.device, value) for value in limits)).to(x.dtype)
+
+    return run
+
+
 # --- PyTorch's own ------------------------------------------------------------------------------
 
 
@@ -165,8 +191,15 @@ def assert_close(
 class EagerQuantizer(nn.Module):
     """An eager LSQ quantizer with a scale for each bit-width, picked by ``bits``."""
 
-    def __init__(self, bits: Sequence[int], start: Callable[[int], Tensor | None], signed: bool):
+    def __init__(
+        self,
+        bits: Sequence[int],
+        start: Callable[[int], Tensor | None],
+        signed: bool,
+        chain: Callable[[Tensor, Tensor, Thresholds], Tensor] = eager,
+    ):
         super().__init__()
+        self.chain = chain
         self.signed = signed
         self.bits = bits[0]
         scales = {str(b): start(b) for b in bits}
@@ -188,11 +221,11 @@ class EagerQuantizer(nn.Module):
                 scale.copy_(2 * x.abs().mean() / math.sqrt(quant_max))
             self.started.add(self.bits)
         factor = 1 / math.sqrt(x.numel() * quant_max)
-        return eager(x, scale, Thresholds(quant_min, quant_max, factor))
+        return self.chain(x, scale, Thresholds(quant_min, quant_max, factor))
 
 
 class EagerConv2d(nn.Conv2d):
-    """A convolution on eagerly quantized input (unsigned) and weight."""
+    """A convolution on eagerly quantized input and weight."""
 
     input_quantizer: EagerQuantizer
     weight_quantizer: EagerQuantizer
@@ -222,11 +255,12 @@ class EagerJointTrainer:
     """The original's joint step: a plain loop over n uniform branches and a random one.
 
     Args:
-        model: The float network, which is left as it is; its searchable layers are convolutions
-            behind a ReLU, so their inputs are unsigned.
-        prepared: The same network as :func:`limpq_ext.prepare` returned it: it names the searchable
-            layers and the normalisation that each feeds.
+        model: The float network, which is left as it is; its searchable layers are convolutions.
+        prepared: The same network as :func:`limpq_ext.prepare` returned it, after its first batch:
+            it names the searchable layers, the sign of their inputs, and the normalisation that
+            each feeds.
         bits: The candidates, from the highest down.
+        chain: What quantizes: :func:`eager` or its compiled form.
     """
 
     def __init__(
@@ -237,6 +271,7 @@ class EagerJointTrainer:
         optimizer: Callable[[Any], torch.optim.Optimizer],
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         clip_value: float = 1.0,
+        chain: Callable[[Tensor, Tensor, Thresholds], Tensor] = eager,
     ):
         self.model = copy.deepcopy(model).train()
         self.bits = tuple(bits)
@@ -244,16 +279,21 @@ class EagerJointTrainer:
         self.clip_value = clip_value
         modules = dict(self.model.named_modules())
         self.layers: dict[str, EagerConv2d] = {}
-        for name in quantized_layers(prepared):
+        for name, fused_layer in quantized_layers(prepared).items():
             layer = modules[name]
             if type(layer) is not nn.Conv2d:
                 raise TypeError(f"layer '{name}' is a {type(layer).__name__}, expected a Conv2d")
             layer.__class__ = EagerConv2d
             weight = layer.weight
             layer.weight_quantizer = EagerQuantizer(
-                self.bits, lambda b, w=weight: weight_start_scale(w, b), signed=True
+                self.bits, lambda b, w=weight: weight_start_scale(w, b), signed=True, chain=chain
             )
-            layer.input_quantizer = EagerQuantizer(self.bits, lambda b: None, signed=False)
+            layer.input_quantizer = EagerQuantizer(
+                self.bits,
+                lambda b: None,
+                signed=bool(fused_layer.input_quantizer.signed),
+                chain=chain,
+            )
             self.layers[name] = layer
         self.norms: list[EagerSwitchableNorm] = []
         for name, norm in prepared.named_modules():

@@ -224,7 +224,7 @@ def page(run: dict[str, Any], results: Sequence[Result]) -> str:
 
 def step_table(results: Sequence[Result]) -> str:
     """Whole training steps: every contender's time, its ratio to float steps and its memory."""
-    rows = [("case", "contender", "seconds", "x float", "peak memory MB")]
+    rows = [("case", "contender", "seconds", "x float", "x limpq_ext", "peak memory MB", "targets")]
     for result in results:
         for name, seconds in result.medians.items():
             rows.append(
@@ -233,7 +233,9 @@ def step_table(results: Sequence[Result]) -> str:
                     name,
                     f"{seconds:.3f}",
                     f"{result.ratios.get(name, 1.0) / result.ratios[FLOAT_STEPS]:.2f}",
+                    f"{result.ratios.get(name, 1.0):.2f}",
                     f"{result.memory[name] / 1e6:.0f}",
+                    _targets(result) if name == OURS else "",
                 )
             )
     return markdown(rows)

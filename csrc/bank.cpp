@@ -160,7 +160,10 @@ class WeightBank : public torch::CustomClassHolder {
   }
 
   std::vector<Layer> layers_;
-  std::vector<ForwardProblem> problems_;  // of layers_, in the same order
+  // Of layers_, in the same order. On CUDA each call fills its kernel's parameters from them: some
+  // 4 us for the 52 layers of a ResNet-50 forward and 20 us backward, where a parameter table kept
+  // here would need the new addresses of all gradients just the same.
+  std::vector<ForwardProblem> problems_;
 };
 
 }  // namespace

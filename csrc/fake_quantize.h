@@ -6,8 +6,8 @@
 //
 // A call takes a list of problems, each with sizes, scales and a data type of its own, and runs
 // them as one: the plain and the multi-bit operators pass one problem, the grouped one a problem
-// for each part of the batch axis, a bank one for each layer. Outputs of different problems do not
-// overlap, but for dscale as said at `adds_to_dscale`.
+// for each part of the batch axis, a bank one for each layer. They run at the same time: what one
+// writes no other one reads or writes, but for dscale as said at `adds_to_dscale`.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,10 @@ struct Problem {
   int64_t channels;
   int64_t inner;
   int count;          // bit-widths in this call, 1 .. max_bit_widths
+  // CUDA only, else null: the place of the one bit-width that is used, on the device. Then count is
+  // 1, and the arrays have an entry for each candidate.
+  const int64_t* selected;
+  int candidates;     // entries of the arrays; count where `selected` is null
   const void* x;      // [outer, channels, inner], in dtype
   const void* scale;  // [scale_rows, channels], in the compute type: double for float64, else float
   int64_t scale_rows;
@@ -54,9 +58,6 @@ struct BackwardProblem : Problem {
   // the compute type first, in the order of the list.
   bool adds_to_dscale;
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
-  // CUDA only: cuda::backward_counter_bytes(...) bytes, zero at the launch and zero again after
-  // it. Two launches that may overlap must not share them (see csrc/cuda/fake_quantize.h).
-  void* counters;
 };
 
 }  // namespace limpq

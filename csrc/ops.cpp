@@ -33,25 +33,34 @@ Tensor in_type_of(const Tensor& scale, Tensor dscale) {
   return dscale.scalar_type() == scale.scalar_type() ? dscale : dscale.to(scale.scalar_type());
 }
 
+/// Where a tensor on a GPU selects the bit-width: only one of the candidates is used.
+void select(Problem& problem, const int64_t* selected) {
+  if (selected == nullptr) return;
+  problem.selected = selected;
+  problem.count = 1;
+}
+
 /// Quantizes x into y, where each bit-width has memory that is laid out as x_dense is.
 void forward_into(const Tensor& y, int64_t bytes_between, const Tensor& x_dense,
-                  const Tensor& scale, const Quantization& how) {
+                  const Tensor& scale, const Quantization& how, const int64_t* selected = nullptr) {
   if (x_dense.numel() == 0) return;
   const Tensor compute_scale = compute_scale_of(scale, x_dense);
   ForwardProblem problem;
   describe(problem, x_dense, compute_scale, how);
   char* output = static_cast<char*>(y.mutable_data_ptr());
   for (int k = 0; k < problem.count; ++k) problem.y[k] = output + k * bytes_between;
+  select(problem, selected);
   run_forward(&problem, 1, x_dense);
 }
 
 /// dx and dscale; an undefined gradient belongs to a bit-width that was not used.
 std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, const Tensor& scale,
-                                       const Quantization& how) {
+                                       const Quantization& how, const int64_t* selected = nullptr) {
   check_arguments(x, scale, how);
   check_bit_widths(how);
-  TORCH_CHECK_VALUE(int64_t(grads.size()) == how.count(), "fake_quantize_backward: ", grads.size(),
-                    " gradients for ", how.count(), " bit-widths");
+  const int64_t used = selected == nullptr ? how.count() : 1;
+  TORCH_CHECK_VALUE(int64_t(grads.size()) == used, "fake_quantize_backward: ", grads.size(),
+                    " gradients for ", used, " bit-widths");
   const Tensor x_dense = as_dense(x);
   const Tensor compute_scale = compute_scale_of(scale, x);
   const Tensor dx = empty_as(x_dense);
@@ -62,10 +71,14 @@ std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, co
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.grad[k] = nullptr;
     problem.grad_factor[k] = how.grad_factors[k];
-    if (!grads[k].defined()) continue;
-    keep_alive.push_back(gradient_for(x_dense, grads[k]));
-    problem.grad[k] = keep_alive.back().const_data_ptr();
+    if (k >= used) {
+      problem.grad[k] = problem.grad[0];
+    } else if (grads[k].defined()) {
+      keep_alive.push_back(gradient_for(x_dense, grads[k]));
+      problem.grad[k] = keep_alive.back().const_data_ptr();
+    }
   }
+  select(problem, selected);
   problem.dx = dx.mutable_data_ptr();
   problem.dscale = dscale.mutable_data_ptr();
   problem.adds_to_dscale = false;
@@ -75,9 +88,9 @@ std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, co
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row, int64_t quant_min,
                      int64_t quant_max, std::optional<int64_t> channel_axis, double grad_factor,
-                     double scale_min, double scale_max) {
+                     double scale_min, double scale_max, bool relu) {
   const Quantization how = {scale_row,    quant_min, quant_max, grad_factor,
-                            channel_axis, scale_min, scale_max};
+                            channel_axis, scale_min, scale_max, relu};
   check_arguments(x, scale, how);
   const Tensor x_dense = as_dense(x);
   const Tensor y = empty_as(x_dense);
@@ -90,10 +103,10 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tens
                                                   int64_t quant_min, int64_t quant_max,
                                                   std::optional<int64_t> channel_axis,
                                                   double grad_factor, double scale_min,
-                                                  double scale_max) {
+                                                  double scale_max, bool relu) {
   return backward_of(
       grad, x, scale,
-      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max});
+      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max, relu});
 }
 
 Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
@@ -125,6 +138,86 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
   return backward_of(
       gradients, x, scale,
       {scale_rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max});
+}
+
+// --- one problem whose bit-width a tensor names --------------------------------------------------
+
+/// The candidates of a call that uses one of them, and which.
+struct Candidates {
+  c10::SmallVector<int64_t, max_bit_widths> rows;
+  Quantization all;
+
+  Candidates(at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+             at::ArrayRef<double> grad_factors, std::optional<int64_t> channel_axis,
+             double scale_min, double scale_max, bool relu)
+      : rows(quant_mins.size()),
+        all{rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max, relu} {
+    for (size_t k = 0; k < rows.size(); ++k) rows[k] = int64_t(k);
+    all.scale_rows = rows;
+  }
+  Candidates(const Candidates&) = delete;
+  Candidates& operator=(const Candidates&) = delete;
+
+  Quantization only(int64_t k) const {
+    Quantization one = all;
+    one.scale_rows = all.scale_rows.slice(k, 1);
+    one.quant_mins = all.quant_mins.slice(k, 1);
+    one.quant_maxs = all.quant_maxs.slice(k, 1);
+    one.grad_factors = all.grad_factors.slice(k, 1);
+    return one;
+  }
+};
+
+void check_candidates(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                      const Candidates& candidates) {
+  check_arguments(x, scale, candidates.all);
+  check_bit_widths(candidates.all);
+  TORCH_CHECK_TYPE(selected.scalar_type() == at::kLong,
+                   "fake_quantize_selected: selected has dtype ", selected.scalar_type(),
+                   ", expected int64");
+  TORCH_CHECK_VALUE(selected.numel() == 1, "fake_quantize_selected: selected has shape ",
+                    selected.sizes(), ", expected one element");
+  TORCH_CHECK_VALUE(selected.device() == x.device(), "fake_quantize_selected: selected is on ",
+                    selected.device(), " and x on ", x.device());
+}
+
+/// Which bit-width is meant, where reading it costs nothing; on a GPU the kernel reads it.
+int64_t selected_on_cpu(const Tensor& selected, const Candidates& candidates) {
+  const int64_t k = *selected.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(k >= 0 && k < candidates.all.count(), "fake_quantize_selected: selected is ", k,
+                    ", expected 0 to ", candidates.all.count() - 1);
+  return k;
+}
+
+Tensor fake_quantize_selected(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                              at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+                              std::optional<int64_t> channel_axis,
+                              at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+                              bool relu) {
+  const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
+                              scale_max, relu);
+  check_candidates(x, scale, selected, candidates);
+  const Tensor x_dense = as_dense(x);
+  const Tensor y = empty_as(x_dense);
+  if (x.is_cpu()) {
+    forward_into(y, 0, x_dense, scale, candidates.only(selected_on_cpu(selected, candidates)));
+  } else {
+    forward_into(y, 0, x_dense, scale, candidates.all, selected.const_data_ptr<int64_t>());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_selected_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
+    at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+  const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
+                              scale_max, relu);
+  check_candidates(x, scale, selected, candidates);
+  if (!x.is_cpu()) {
+    return backward_of(grad, x, scale, candidates.all, selected.const_data_ptr<int64_t>());
+  }
+  return backward_of(grad, x, scale, candidates.only(selected_on_cpu(selected, candidates)));
 }
 
 // --- a problem for each part of the batch axis --------------------------------------------------
@@ -242,6 +335,8 @@ LIMPQ_OPERATOR(fake_quantize)
 LIMPQ_OPERATOR(fake_quantize_backward)
 LIMPQ_OPERATOR(fake_quantize_multi)
 LIMPQ_OPERATOR(fake_quantize_multi_backward)
+LIMPQ_OPERATOR(fake_quantize_selected)
+LIMPQ_OPERATOR(fake_quantize_selected_backward)
 LIMPQ_OPERATOR(fake_quantize_grouped)
 LIMPQ_OPERATOR(fake_quantize_grouped_backward)
 #undef LIMPQ_OPERATOR
@@ -312,17 +407,17 @@ Tensor with_gradient(const Tensor& x, const Tensor& scale, Forward forward,
 Tensor fake_quantize_autograd(const Tensor& x, const Tensor& scale, int64_t scale_row,
                               int64_t quant_min, int64_t quant_max,
                               std::optional<int64_t> channel_axis, double grad_factor,
-                              double scale_min, double scale_max) {
+                              double scale_min, double scale_max, bool relu) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_operator().call(x, scale, scale_row, quant_min, quant_max,
-                                             channel_axis, grad_factor, scale_min, scale_max);
+                                             channel_axis, grad_factor, scale_min, scale_max, relu);
       },
       [=](const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
         return fake_quantize_backward_operator().call(grad, saved_x, saved_scale, scale_row,
                                                       quant_min, quant_max, channel_axis,
-                                                      grad_factor, scale_min, scale_max);
+                                                      grad_factor, scale_min, scale_max, relu);
       });
 }
 
@@ -346,6 +441,27 @@ Tensor fake_quantize_multi_autograd(const Tensor& x, const Tensor& scale,
         return fake_quantize_multi_backward_operator().call(by_bit_width, saved_x, saved_scale,
                                                             rows, mins, maxs, channel_axis, factors,
                                                             scale_min, scale_max);
+      });
+}
+
+Tensor fake_quantize_selected_autograd(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                                       at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
+                                       std::optional<int64_t> channel_axis,
+                                       at::ArrayRef<double> grad_factors, double scale_min,
+                                       double scale_max, bool relu) {
+  return with_gradient(
+      x, scale,
+      [&] {
+        return fake_quantize_selected_operator().call(x, scale, selected, quant_mins, quant_maxs,
+                                                      channel_axis, grad_factors, scale_min,
+                                                      scale_max, relu);
+      },
+      [=, index = SavedVariable(selected, /*is_output=*/false), mins = quant_mins.vec(),
+       maxs = quant_maxs.vec(), factors = grad_factors.vec()](
+          const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
+        return fake_quantize_selected_backward_operator().call(
+            grad, saved_x, saved_scale, index.unpack(), mins, maxs, channel_axis, factors,
+            scale_min, scale_max, relu);
       });
 }
 
@@ -403,11 +519,12 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_autograd(const Tensor& grad, c
                                                            int64_t quant_min, int64_t quant_max,
                                                            std::optional<int64_t> channel_axis,
                                                            double grad_factor, double scale_min,
-                                                           double scale_max) {
+                                                           double scale_max, bool relu) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_backward_operator().call(grad, x, scale, scale_row, quant_min, quant_max,
-                                                  channel_axis, grad_factor, scale_min, scale_max);
+                                                  channel_axis, grad_factor, scale_min, scale_max,
+                                                  relu);
   };
   return without_derivative(compute(), {grad, x, scale});
 }
@@ -426,6 +543,19 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward_autograd(
   std::vector<Tensor> inputs = {x, scale};
   for (const std::optional<Tensor>& grad : grads) inputs.push_back(grad.value_or(Tensor()));
   return without_derivative(compute(), inputs);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_selected_backward_autograd(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
+    at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return fake_quantize_selected_backward_operator().call(grad, x, scale, selected, quant_mins,
+                                                           quant_maxs, channel_axis, grad_factors,
+                                                           scale_min, scale_max, relu);
+  };
+  return without_derivative(compute(), {grad, x, scale});
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_grouped_backward_autograd(
@@ -454,11 +584,20 @@ void refuse_vmap(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY(limpq, m) {
   m.def(
       "fake_quantize(Tensor x, Tensor scale, int scale_row, int quant_min, int quant_max, "
-      "int? channel_axis, float grad_factor, float scale_min, float scale_max) -> Tensor");
+      "int? channel_axis, float grad_factor, float scale_min, float scale_max, bool relu=False) "
+      "-> Tensor");
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, int scale_row, int quant_min, "
-      "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max) "
-      "-> (Tensor, Tensor)");
+      "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max, "
+      "bool relu=False) -> (Tensor, Tensor)");
+  m.def(
+      "fake_quantize_selected(Tensor x, Tensor scale, Tensor selected, int[] quant_mins, "
+      "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
+      "float scale_max, bool relu=False) -> Tensor");
+  m.def(
+      "fake_quantize_selected_backward(Tensor grad, Tensor x, Tensor scale, Tensor selected, "
+      "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[] grad_factors, "
+      "float scale_min, float scale_max, bool relu=False) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_multi(Tensor x, Tensor scale, int[] scale_rows, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
@@ -480,6 +619,8 @@ TORCH_LIBRARY(limpq, m) {
 TORCH_LIBRARY_IMPL(limpq, CPU, m) {
   m.impl("fake_quantize", fake_quantize);
   m.impl("fake_quantize_backward", fake_quantize_backward);
+  m.impl("fake_quantize_selected", fake_quantize_selected);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward);
   m.impl("fake_quantize_multi", fake_quantize_multi);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward);
   m.impl("fake_quantize_grouped", fake_quantize_grouped);
@@ -490,6 +631,8 @@ TORCH_LIBRARY_IMPL(limpq, CPU, m) {
 TORCH_LIBRARY_IMPL(limpq, CUDA, m) {
   m.impl("fake_quantize", fake_quantize);
   m.impl("fake_quantize_backward", fake_quantize_backward);
+  m.impl("fake_quantize_selected", fake_quantize_selected);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward);
   m.impl("fake_quantize_multi", fake_quantize_multi);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward);
   m.impl("fake_quantize_grouped", fake_quantize_grouped);
@@ -500,6 +643,8 @@ TORCH_LIBRARY_IMPL(limpq, CUDA, m) {
 TORCH_LIBRARY_IMPL(limpq, Autograd, m) {
   m.impl("fake_quantize", fake_quantize_autograd);
   m.impl("fake_quantize_backward", fake_quantize_backward_autograd);
+  m.impl("fake_quantize_selected", fake_quantize_selected_autograd);
+  m.impl("fake_quantize_selected_backward", fake_quantize_selected_backward_autograd);
   m.impl("fake_quantize_multi", fake_quantize_multi_autograd);
   m.impl("fake_quantize_multi_backward", fake_quantize_multi_backward_autograd);
   m.impl("fake_quantize_grouped", fake_quantize_grouped_autograd);
@@ -507,9 +652,10 @@ TORCH_LIBRARY_IMPL(limpq, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(limpq, FuncTorchBatched, m) {
-  for (const char* name : {"fake_quantize", "fake_quantize_backward", "fake_quantize_multi",
-                           "fake_quantize_multi_backward", "fake_quantize_grouped",
-                           "fake_quantize_grouped_backward"}) {
+  for (const char* name :
+       {"fake_quantize", "fake_quantize_backward", "fake_quantize_selected",
+        "fake_quantize_selected_backward", "fake_quantize_multi", "fake_quantize_multi_backward",
+        "fake_quantize_grouped", "fake_quantize_grouped_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
   }
 }

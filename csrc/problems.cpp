@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/fake_quantize.h"
 #if defined(LIMPQ_WITH_CUDA)
@@ -40,6 +41,13 @@ DataType data_type_of(const Tensor& x) {
       TORCH_CHECK_TYPE(false, "fake_quantize: x has dtype ", x.scalar_type(),
                        ", expected float32, float64, float16 or bfloat16");
   }
+}
+
+/// The lower threshold that gives relu's gradient as well: as 0 it rounds to 0, and it leaves v = 0
+/// outside, where relu passes no gradient. Normal, since denormal numbers may be flushed to 0.
+double just_above_zero(DataType dtype) {
+  return dtype == DataType::float64 ? std::numeric_limits<double>::min()
+                                    : double(std::numeric_limits<float>::min());
 }
 
 /// The channel axis counted from the front, checked.
@@ -86,6 +94,8 @@ void check_arguments(const Tensor& x, const Tensor& scale, const Quantization& h
     const int64_t quant_min = how.quant_mins[k], quant_max = how.quant_maxs[k];
     TORCH_CHECK_VALUE(quant_min <= 0 && quant_max > 0, "fake_quantize: thresholds are ", quant_min,
                       " and ", quant_max, ", expected quant_min <= 0 < quant_max");
+    TORCH_CHECK_VALUE(!how.relu || quant_min == 0, "fake_quantize: quant_min is ", quant_min,
+                      ", expected 0 with relu=True");
     TORCH_CHECK_VALUE(quant_min >= -largest_threshold && quant_max <= largest_threshold,
                       "fake_quantize: thresholds are ", quant_min, " and ", quant_max,
                       ", beyond the largest magnitude, ", largest_threshold);
@@ -143,13 +153,14 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
       problem.outer = x.numel() / (problem.channels * problem.inner);
     }
   }
-  problem.count = int(how.count());
+  problem.count = problem.candidates = int(how.count());
+  problem.selected = nullptr;
   problem.x = x.const_data_ptr();
   problem.scale = scale.const_data_ptr();
   problem.scale_rows = problem.channels == 0 ? 0 : scale.numel() / problem.channels;
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.scale_row[k] = how.scale_rows[k];
-    problem.quant_min[k] = double(how.quant_mins[k]);
+    problem.quant_min[k] = how.relu ? just_above_zero(problem.dtype) : double(how.quant_mins[k]);
     problem.quant_max[k] = double(how.quant_maxs[k]);
   }
   problem.scale_min = how.scale_min;
@@ -160,9 +171,9 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
 
 namespace {
 
-void run_on_cpu(int64_t tasks, cpu::TaskRange body, const void* context) {
-  if (tasks == 1) return body(context, 0, 1);
-  at::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+void run_on_cpu(int64_t tasks, int64_t grain, cpu::TaskRange body, const void* context) {
+  if (tasks <= grain) return body(context, 0, tasks);
+  at::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 /// Calls run() with a workspace for each problem, from one allocation or, where little is needed
@@ -231,11 +242,9 @@ void run_backward(BackwardProblem* problems, int64_t count, const Tensor& x) {
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
     const Tensor counters = counters_for(x, cuda::backward_counter_bytes(problems, count));
-    for (int64_t i = 0; i < count; ++i) {
-      problems[i].counters = counters.defined() ? counters.mutable_data_ptr() : nullptr;
-    }
+    void* const zeros = counters.defined() ? counters.mutable_data_ptr() : nullptr;
     return with_workspaces(problems, count, x, cuda::backward_workspace_bytes, [&] {
-      cuda::fake_quantize_backward(problems, count, c10::cuda::getCurrentCUDAStream());
+      cuda::fake_quantize_backward(problems, count, zeros, c10::cuda::getCurrentCUDAStream());
     });
   }
 #endif

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _C as _C  # loading it registers torch.classes.limpq
 from .layers import QuantizedLayer
@@ -50,8 +50,8 @@ class WeightBank:
             one device.
 
     Raises:
-        ValueError: There is no layer, the layers are on several devices, or a weight is not dense
-            in memory.
+        ValueError: There is no layer, the layers are on several devices, or a weight is not a
+            parameter or not dense in memory.
 
     Hooks of the parameters are not called: gradients are added to ``.grad`` directly.
     """
@@ -59,6 +59,9 @@ class WeightBank:
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         if not layers:
             raise ValueError("a weight bank needs at least one layer")
+        for name, layer in layers.items():
+            if not isinstance(layer.weight, nn.Parameter):
+                raise ValueError(f"layer '{name}': its weight is computed and no parameter")
         self._layers = dict(layers)
         self._table: Any = None
         self._build()

@@ -3,10 +3,14 @@
 One step on a batch runs every searchable layer at each candidate bit-width in turn and then once
 more with bits drawn at random per layer; the gradients of these n + 1 branches add up to one
 optimizer step (LIMPQ, arXiv 2203.08368, section 3.3).
+
+What the branches have in common is computed once: the quantized weights (bank.py) and whatever
+comes before the first searchable layer (branches.py). The gradients are those of the plain loop.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bank import WeightBank
+from .branches import BranchGraph, UntraceableError
 from .indicators import Indicators, LayerIndicators
 from .layers import SwitchableBatchNorm
 from .prepare import quantized_layers
@@ -51,10 +57,16 @@ class JointTrainer:
         clip_value: Gradients are clipped to ``[-clip_value, clip_value]`` after they added up.
         seed: Of the random branch. The draw depends on the seed and the step alone, so it is the
             same in every process.
+        weight_bank: Quantize all weights once per step instead of in every branch. It takes memory
+            for each weight at each bit-width, see :class:`WeightBank`.
+        share_stem: Compute what comes before the first searchable layer once per step.
+        drop_relu: Let unsigned quantizers take over the ReLU in front of them.
         check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
             every 50 elsewhere, so that the host seldom waits for the device.
         on_branch: Called with (branch, output, target) after every branch, its gradients done; the
             output is detached.
+
+    A part that cannot be shared is computed in every branch; the first step warns and says why.
 
     In a run of several processes (torchrun, with torch.distributed initialised) each passes its
     share of the batch; all start with what process 0 has, and the gradients of all branches are
@@ -74,6 +86,9 @@ class JointTrainer:
         distill: bool = False,
         clip_value: float = 1.0,
         seed: int = 0,
+        weight_bank: bool = True,
+        share_stem: bool = True,
+        drop_relu: bool = True,
         check_steps: int = 0,
         on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
@@ -98,6 +113,9 @@ class JointTrainer:
         self.loss_fn = loss_fn
         self.distill = distill
         self.seed = seed
+        self.weight_bank = weight_bank
+        self.share_stem = share_stem
+        self.drop_relu = drop_relu
         self.on_branch = on_branch
         self._update = Update(
             model, optimizer, self._repeat, clip_value=clip_value, check_steps=check_steps
@@ -107,6 +125,10 @@ class JointTrainer:
         self._norms = [
             module for module in model.modules() if isinstance(module, SwitchableBatchNorm)
         ]
+        self._norm_rows: list[_NormRows] = []
+        self._bank: WeightBank | None = None
+        self._graph: BranchGraph | None = None
+        self._started = False
 
     def step(self, x: Any, target: Any) -> JointStep:
         """Take one joint step on a batch; the model is put into training mode.
@@ -117,14 +139,11 @@ class JointTrainer:
         """
         if not self.model.training:
             self.model.train()
+        if not self._started:
+            self._start(x)
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        losses: dict[str, Tensor] = {}
-        for branch, output, loss in self._passes(draw, x, target):
-            loss.backward()
-            losses[branch] = loss.detach()
-            if self.on_branch is not None:
-                self.on_branch(branch, output.detach(), target)
+        losses = self._accumulate(x, target, draw)
         return JointStep(self._update.take(losses, x, target), draw)
 
     @property
@@ -166,6 +185,16 @@ class JointTrainer:
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._update.load_state_dict(state_dict["update"])
 
+    @property
+    def shared(self) -> dict[str, bool | int]:
+        """What the branches share since the first step: "weight_bank", "stem", "dropped_relus"."""
+        graph = self._graph
+        return {
+            "weight_bank": self._bank is not None,
+            "stem": graph is not None and graph.stem is not None,
+            "dropped_relus": 0 if graph is None else graph.dropped_relus,
+        }
+
     def draw(self, step: int) -> dict[str, int]:
         """The bits that every layer draws for the random branch of a step."""
         places = np.random.default_rng([self.seed, step]).integers(
@@ -196,10 +225,78 @@ class JointTrainer:
         )
         return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
 
-    def _passes(
-        self, draw: dict[str, int], x: Any, target: Any
-    ) -> Iterator[tuple[str, Any, Tensor]]:
-        """Every branch run forward: its name, its output and its loss."""
+    def _start(self, x: Any) -> None:
+        """Find what the branches can share."""
+        unshared = []
+        if self.weight_bank:
+            try:
+                self._bank = WeightBank(self.layers)
+            except ValueError as error:
+                unshared.append(f"weights are quantized in every branch: {error}")
+        self._select(dict.fromkeys(self.layers, self.bits[0]))
+        if self.share_stem or self.drop_relu:
+            try:
+                self._graph = BranchGraph(
+                    self.model, x, share_stem=self.share_stem, drop_relu=self.drop_relu
+                )
+                if self._graph.reason:
+                    unshared.append(f"the stem is computed in every branch: {self._graph.reason}")
+            except UntraceableError as error:
+                unshared.append(f"the stem is computed in every branch: {error}")
+        for sentence in unshared:
+            warnings.warn(sentence, stacklevel=3)
+        self._norm_rows = [_NormRows(norm) for norm in self._norms]
+        self._started = True
+
+    def _accumulate(self, x: Any, target: Any, draw: dict[str, int]) -> dict[str, Tensor]:
+        """All branches forward and backward; their gradients add up. The losses by branch."""
+        losses: dict[str, Tensor] = {}
+        teacher: Tensor | None = None
+        shared: tuple[Any, ...] = (x,)
+        forward = self.model
+        if self._bank is not None:
+            self._bank.quantize()
+            torch.clear_autocast_cache()  # of the last step's quantized weights
+        self._norm_rows = [
+            rows if rows.is_current() else _NormRows(rows.norm) for rows in self._norm_rows
+        ]
+        for rows in self._norm_rows:
+            rows.norm.ready_rows = rows.rows
+        if self._graph is not None:
+            forward = self._graph.rest
+            shared = self._graph.forward_stem(x, len(self.bits) + 1)
+        try:
+            for branch, bits in self._branches(draw):
+                self._select(bits)
+                if self._bank is not None:
+                    for name, layer in self.layers.items():
+                        layer.ready_weight = self._bank.weight(name, bits[name])
+                output = forward(*shared)
+                if teacher is not None:
+                    loss = F.cross_entropy(output, teacher)
+                else:
+                    loss = self.loss_fn(output, target)
+                    if self.distill:
+                        teacher = output.detach().softmax(dim=1)
+                loss.backward()
+                losses[branch] = loss.detach()
+                if self.on_branch is not None:
+                    self.on_branch(branch, output.detach(), target)
+        finally:
+            for layer in self.layers.values():
+                layer.ready_weight = None
+            for norm in self._norms:
+                norm.ready_rows = None
+        if self._graph is not None:
+            self._graph.backward_stem()
+        if self._bank is not None:
+            self._bank.backward()
+        for rows in self._norm_rows:
+            rows.collect()
+        return losses
+
+    def _passes(self, draw: dict[str, int], x: Any, target: Any) -> Iterator[tuple[str, Tensor]]:
+        """Every branch run forward with nothing shared: its name and its loss."""
         teacher: Tensor | None = None
         for branch, bits in self._branches(draw):
             self._select(bits)
@@ -210,11 +307,11 @@ class JointTrainer:
                 loss = self.loss_fn(output, target)
                 if self.distill:
                     teacher = output.detach().softmax(dim=1)
-            yield branch, output, loss
+            yield branch, loss
 
     def _repeat(self, step: int, branch: str, x: Any, target: Any) -> None:
         """Run one branch of a step again, in distillation after its teacher."""
-        for name, _, loss in self._passes(self.draw(step - 1), x, target):
+        for name, loss in self._passes(self.draw(step - 1), x, target):
             if name == branch:
                 loss.backward()
                 return
@@ -229,3 +326,41 @@ class JointTrainer:
             layer.select(bits[name], bits[name])
         for norm in self._norms:
             norm.select(bits[norm.source])
+
+
+class _NormRows:
+    """The rows of a switchable batch normalisation, cut once instead of in every pass.
+
+    The rows of its parameters are leaves; ``collect()`` hands their gradients on.
+    """
+
+    def __init__(self, norm: SwitchableBatchNorm) -> None:
+        self.norm = norm
+        self.rows = [norm.row(index) for index in range(len(norm.bits))]
+        self._parameters = dict(norm.named_parameters(recurse=False))
+        self._addresses = self._now()
+        self._leaves = {
+            name: [row.requires_grad_(parameter.requires_grad) for row in parameter.detach()]
+            for name, parameter in self._parameters.items()
+        }
+        for name, leaves in self._leaves.items():
+            for row, leaf in zip(self.rows, leaves, strict=True):
+                row[name] = leaf
+
+    def is_current(self) -> bool:
+        """Whether the rows still are views of the module's tensors."""
+        return self._now() == self._addresses
+
+    def collect(self) -> None:
+        """Give the parameters the gradients of their rows; none where no row has one."""
+        for name, leaves in self._leaves.items():
+            if any(leaf.grad is not None for leaf in leaves):
+                self._parameters[name].grad = torch.stack(
+                    [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+                )
+            for leaf in leaves:
+                leaf.grad = None
+
+    def _now(self) -> list[tuple[int, bool]]:
+        tensors = (*self.norm.parameters(recurse=False), *self.norm.buffers(recurse=False))
+        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,11 +24,14 @@ class QuantizedLayer(nn.Module):
     Attributes:
         input_quantizer: Quantizes what comes in.
         weight_quantizer: Quantizes ``weight``; the bias stays float.
+        ready_weight: The quantized weight where it was computed before, as a weight bank does;
+            None: the quantizer computes it.
     """
 
     weight: Tensor
     input_quantizer: LsqQuantizer
     weight_quantizer: LsqQuantizer
+    ready_weight: Tensor | None = None
 
     @property
     def weight_bits(self) -> int:
@@ -48,18 +52,22 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer.select(weight_bits)
         self.input_quantizer.select(activation_bits)
 
+    def quantized_weight(self) -> Tensor:
+        """The weight at the selected bit-width: of the shape and dtype of ``weight``."""
+        return (
+            self.weight_quantizer(self.weight) if self.ready_weight is None else self.ready_weight
+        )
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's own forward on quantized input and weight."""
-        quantized = self.weight_quantizer(self.weight)
-        with _in_place_of(self, weight=quantized):
+        with _in_place_of(self, weight=self.quantized_weight()):
             return super().forward(self.input_quantizer(input), *args, **kwargs)
 
 
 class _QuantConv(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         x = self.input_quantizer(input)
-        weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]  # of nn.ConvNd
+        return self._conv_forward(x, self.quantized_weight(), self.bias)  # type: ignore[operator]  # of nn.ConvNd
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -80,7 +88,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         x = self.input_quantizer(input)
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        return F.linear(x, self.quantized_weight(), self.bias)
 
 
 QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -165,6 +173,10 @@ class SwitchableBatchNorm(_BatchNorm):
     Attributes:
         bits: The bit-widths, one row each.
         source: Name of the layer that feeds this one and whose bits choose the row.
+        ready_rows: The tensors of each row where they were taken before, as a joint step does;
+            None: ``forward`` takes them.
+        selected: As for :class:`LsqQuantizer`: a tensor that chooses the row instead of
+            ``select()``.
 
     Source:
         Yu et al., "Slimmable Neural Networks", arXiv 1812.08928; used by LIMPQ for bit-widths.
@@ -172,6 +184,8 @@ class SwitchableBatchNorm(_BatchNorm):
 
     bits: tuple[int, ...]
     source: str
+    ready_rows: Sequence[dict[str, Tensor | None]] | None = None
+    selected: Tensor | None = None
     _row: int
 
     _stacked = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -209,12 +223,32 @@ class SwitchableBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """The float class's own forward with the selected row in the place of each tensor."""
-        rows = {}
-        for name in self._stacked:
-            value = getattr(self, name)
-            rows[name] = None if value is None else value[self._row]
-        with _in_place_of(self, **rows):
+        if self.selected is not None:
+            return self._forward_selected(input, self.selected)
+        row = self.row(self._row) if self.ready_rows is None else self.ready_rows[self._row]
+        with _in_place_of(self, **row):
             return super().forward(input)
+
+    def _forward_selected(self, input: Tensor, selected: Tensor) -> Tensor:
+        index = selected.reshape(1)
+        row = {
+            name: None if value is None else value.index_select(0, index).squeeze(0)
+            for name in self._stacked
+            for value in (getattr(self, name),)
+        }
+        with _in_place_of(self, **row):
+            output = super().forward(input)
+        with torch.no_grad():
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                updated = row[name]
+                if updated is not None and self.training:
+                    getattr(self, name).index_copy_(0, index, updated.unsqueeze(0))
+        return output
+
+    def row(self, index: int) -> dict[str, Tensor | None]:
+        """The tensors of the ``index``-th bit-width, views, by name."""
+        values = {name: getattr(self, name) for name in self._stacked}
+        return {name: None if value is None else value[index] for name, value in values.items()}
 
     def extra_repr(self) -> str:
         """Features and bit-widths, as printed in a model."""
@@ -232,14 +266,24 @@ class SwitchableBatchNorm(_BatchNorm):
 def _in_place_of(module: nn.Module, **tensors: Tensor | None) -> Iterator[None]:
     """Let ``module.name`` be another tensor for a while.
 
-    An entry of the instance's ``__dict__`` is found before nn.Module looks into its parameters.
+    The tensor goes where the module keeps its own one: torch.compile can follow that.
     """
-    module.__dict__.update(tensors)
+    own = {name: getattr(module, name) for name in tensors}
+    _put(module, tensors)
     try:
         yield
     finally:
-        for name in tensors:
-            del module.__dict__[name]
+        _put(module, own)
+
+
+def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if name in module._parameters:
+            module._parameters[name] = tensor
+        elif name in module._buffers:
+            module._buffers[name] = tensor
+        else:
+            module.__dict__[name] = tensor
 
 
 def _with_class(module: nn.Module, cls: type[nn.Module]) -> Any:

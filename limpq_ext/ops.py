@@ -19,6 +19,7 @@ from .bits import check_bits
 fake_quantize = torch.ops.limpq.fake_quantize.default
 fake_quantize_multi = torch.ops.limpq.fake_quantize_multi.default
 fake_quantize_grouped = torch.ops.limpq.fake_quantize_grouped.default
+fake_quantize_selected = torch.ops.limpq.fake_quantize_selected.default
 
 SCALE_MIN = 1e-5
 """The smallest scale in use by default: a step can never be zero or negative."""
@@ -248,6 +249,8 @@ def _fake_backward_grouped(
 
 torch.library.register_fake("limpq::fake_quantize", _fake_forward)
 torch.library.register_fake("limpq::fake_quantize_backward", _fake_backward)
+torch.library.register_fake("limpq::fake_quantize_selected", _fake_forward)
+torch.library.register_fake("limpq::fake_quantize_selected_backward", _fake_backward)
 torch.library.register_fake("limpq::fake_quantize_multi", _fake_forward_multi)
 torch.library.register_fake("limpq::fake_quantize_multi_backward", _fake_backward)
 torch.library.register_fake("limpq::fake_quantize_grouped", _fake_forward_grouped)

@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .bits import check_bits
-from .ops import SCALE_MIN, fake_quantize, lsq_grad_factor, thresholds
+from .ops import SCALE_MIN, fake_quantize, fake_quantize_selected, lsq_grad_factor, thresholds
 
 
 class LsqQuantizer(nn.Module):
@@ -32,6 +32,11 @@ class LsqQuantizer(nn.Module):
         name: What errors call this quantizer.
 
     Attributes:
+        selected: None: ``select()`` says which bit-width is used. A tensor: its one element does,
+            int64, the place of the bit-width in ``bits``, on the device of the input. Then a graph
+            that was captured or compiled once serves every bit-width.
+        relu: Whether ``relu(x)`` is quantized instead of ``x``, in the same pass and with the same
+            gradients; only an unsigned quantizer can.
         scale: Parameter, ``[len(bits)]`` or ``[len(bits), channels]``: the step sizes.
         initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
 
@@ -61,6 +66,8 @@ class LsqQuantizer(nn.Module):
         self.scale_min = scale_min
         self.scale_max = scale_max
         self.name = name
+        self.relu = False
+        self.selected: Tensor | None = None
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("initialized", torch.zeros(len(self.bits), dtype=torch.bool))
@@ -109,8 +116,10 @@ class LsqQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` at the selected bit-width: the same shape, dtype and memory format."""
+        if self.selected is not None:
+            return self._forward_selected(x, self.selected)
         if not self._ready[self._index]:
-            self._start(x)
+            self._start(x.relu() if self.relu else x)
         quant_min, quant_max = self.thresholds(self.selected_bits)
         return fake_quantize(
             x,
@@ -122,6 +131,27 @@ class LsqQuantizer(nn.Module):
             lsq_grad_factor(x, quant_max, self.channel_axis),
             self.scale_min,
             self.scale_max,
+            self.relu,
+        )
+
+    def _forward_selected(self, x: Tensor, selected: Tensor) -> Tensor:
+        if not all(self._ready):
+            raise RuntimeError(
+                f"{self.name or 'quantizer'} has not all its start values: run a batch at every"
+                " bit-width before a tensor selects one"
+            )
+        ranges = [self.thresholds(bits) for bits in self.bits]
+        return fake_quantize_selected(
+            x,
+            self.scale,
+            selected,
+            [quant_min for quant_min, _ in ranges],
+            [quant_max for _, quant_max in ranges],
+            self.channel_axis,
+            [lsq_grad_factor(x, quant_max, self.channel_axis) for _, quant_max in ranges],
+            self.scale_min,
+            self.scale_max,
+            self.relu,
         )
 
     def values(self) -> dict[int, float]:

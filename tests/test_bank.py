@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_ops import DEVICES, DTYPES, assert_same_bits
+from test_ops import DTYPES, assert_same_bits
 from torch import nn
 
 from limpq_ext import WeightBank
@@ -28,7 +28,7 @@ def layers_of(modules, *, bits=BITS, **options):
     }
 
 
-def small_layers(dtype=torch.float32, device="cpu", layout=torch.contiguous_format, **options):
+def small_layers(dtype=torch.float32, layout=torch.contiguous_format, **options):
     torch.manual_seed(0)
     modules = {
         "conv": nn.Conv2d(3, 5, 3),
@@ -39,7 +39,7 @@ def small_layers(dtype=torch.float32, device="cpu", layout=torch.contiguous_form
     }
     modules = {name: module.to(memory_format=layout) for name, module in modules.items()}
     layers = layers_of(modules, **options)
-    return {name: layer.to(device, dtype) for name, layer in layers.items()}
+    return {name: layer.to(dtype) for name, layer in layers.items()}
 
 
 def every(layers):
@@ -86,16 +86,15 @@ def check_one_bit_width_at_a_time(layers):
     assert all(bank.weight(*key).grad is None for key in every(layers))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_bank_equals_the_quantizers(device, dtype, per_channel, layout):
-    check_one_bit_width_at_a_time(
-        small_layers(dtype, device, layout, per_channel_weights=per_channel)
-    )
+def test_the_bank_equals_the_quantizers(dtype, per_channel, layout):
+    check_one_bit_width_at_a_time(small_layers(dtype, layout, per_channel_weights=per_channel))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [{"symmetric_weights": True}, {"scale_max": 0.05}])
 def test_the_bank_follows_the_options_of_the_quantizers(options):
     layers = small_layers(**options)
@@ -104,17 +103,15 @@ def test_the_bank_follows_the_options_of_the_quantizers(options):
     check_one_bit_width_at_a_time(layers)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_a_resnet18_at_five_bit_widths(device, per_channel):
+def test_a_resnet18_at_five_bit_widths(per_channel):
     torch.manual_seed(0)
     modules = {
         f"conv{i}": nn.Conv2d(fan_in, fan_out, size, bias=False)
         for i, (fan_out, fan_in, size) in enumerate(RESNET18)
     }
     layers = layers_of(modules, per_channel_weights=per_channel)
-    for layer in layers.values():
-        layer.to(device)
     bank = WeightBank(layers)
     assert bank.nbytes == 5 * 4 * sum(layer.weight.numel() for layer in layers.values())
     bank.quantize()
@@ -139,6 +136,7 @@ def test_a_resnet18_at_five_bit_widths(device, per_channel):
         assert torch.equal(layer.weight_quantizer.scale.grad, scale)
 
 
+@pytest.mark.usefixtures("device")
 def test_half_precision_gradients_are_added_in_float32():
     layers = small_layers(torch.bfloat16)
     bank = WeightBank(layers)
@@ -154,6 +152,7 @@ def test_half_precision_gradients_are_added_in_float32():
     assert torch.equal(layer.weight.grad, total.bfloat16())
 
 
+@pytest.mark.usefixtures("device")
 def test_gradients_are_added_to_those_that_are_there():
     layers = small_layers()
     first, second = copy.deepcopy(layers), copy.deepcopy(layers)
@@ -167,6 +166,7 @@ def test_gradients_are_added_to_those_that_are_there():
         assert torch.equal(parameters(second)[key].grad, 2 * parameters(first)[key].grad)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_leaf_used_in_several_passes_collects_their_gradients():
     layers = small_layers()
     bank = WeightBank(layers)
@@ -179,6 +179,7 @@ def test_a_leaf_used_in_several_passes_collects_their_gradients():
     assert torch.equal(leaf.grad, torch.full_like(leaf, 3.0))
 
 
+@pytest.mark.usefixtures("device")
 def test_layers_that_were_not_used_get_no_gradient():
     layers = small_layers()
     bank = WeightBank(layers)
@@ -191,6 +192,7 @@ def test_layers_that_were_not_used_get_no_gradient():
     assert not layers["conv"].weight_quantizer.scale.grad[unused].any()
 
 
+@pytest.mark.usefixtures("device")
 def test_a_frozen_weight_gets_no_gradient():
     layers = small_layers()
     layers["conv"].weight.requires_grad_(False)
@@ -202,6 +204,7 @@ def test_a_frozen_weight_gets_no_gradient():
     assert layers["conv"].weight_quantizer.scale.grad.any()
 
 
+@pytest.mark.usefixtures("device")
 def test_a_gradient_in_another_order_of_the_axes_is_understood():
     layers = small_layers()
     bank = WeightBank(layers)
@@ -214,6 +217,7 @@ def test_a_gradient_in_another_order_of_the_axes_is_understood():
     assert torch.equal(layer.weight.grad, expected)
 
 
+@pytest.mark.usefixtures("device")
 def test_every_weight_starts_at_16_bytes():
     bank = WeightBank(small_layers(torch.float16))
     bank.quantize()
@@ -241,6 +245,7 @@ def test_the_result_does_not_depend_on_the_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("device")
 def test_the_buffer_is_used_again_and_follows_the_weights():
     layers = small_layers()
     bank = WeightBank(layers)
@@ -270,6 +275,7 @@ def change_dtype(layer):
     layer.double()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     "replace",
     [replace_parameter, replace_data, replace_scale, change_dtype],
@@ -293,6 +299,7 @@ def test_a_replaced_tensor_is_noticed(replace):
     assert bank.weight("conv", 4).dtype == expected.dtype
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", ["weight", "scale"])
 def test_a_tensor_changed_before_backward_is_an_error_that_names_the_layer(kind):
     layers = small_layers()
@@ -305,6 +312,7 @@ def test_a_tensor_changed_before_backward_is_an_error_that_names_the_layer(kind)
         bank.backward()
 
 
+@pytest.mark.usefixtures("device")
 def test_a_pass_that_outlives_its_weights_is_an_error():
     bank = WeightBank(small_layers())
     bank.quantize()
@@ -344,7 +352,7 @@ def test_a_device_without_kernels_is_named():
         WeightBank(layers)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 def test_layers_on_several_devices_are_named():
     layers = small_layers()
     layers["one"].to("cuda")
@@ -352,6 +360,7 @@ def test_layers_on_several_devices_are_named():
         WeightBank(layers)
 
 
+@pytest.mark.usefixtures("device")
 def test_an_empty_weight_is_fine():
     layers = small_layers()
     layers["one"].weight = nn.Parameter(torch.empty(1, 0))

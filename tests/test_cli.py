@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("yaml")
+pytest.importorskip("typer")
+
 import yaml
 
 from limpq_ext import Costs, Indicators, JointTrainer, Policy, cli

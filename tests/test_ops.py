@@ -9,17 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from limpq_ext.ops import lsq_grad_factor, thresholds
 
-CUDA = pytest.param(
-    "cuda",
-    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [(0,), (), (1,), (3,), (31,), (1023,), (4099,), (100_003,), (2, 3, 5, 7)]
 INTEGERS = {
@@ -85,18 +78,18 @@ def check(x, scale, quant_min, quant_max, axis=None, grad_factor=1.0):
         assert bool((error <= 1e-5 * grad_factor * size + 1e-30).all())
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, False), (4, True), (8, False)])
-def test_per_tensor_equals_the_chain(device, dtype, shape, bits, signed):
+def test_per_tensor_equals_the_chain(dtype, shape, bits, signed):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
-    scale = torch.tensor(0.11, dtype=compute_dtype(dtype), device=device)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    scale = torch.tensor(0.11, dtype=compute_dtype(dtype))
     check(x, scale, *thresholds(bits, signed=signed))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "axis"),
@@ -112,31 +105,31 @@ def test_per_tensor_equals_the_chain(device, dtype, shape, bits, signed):
         ((700, 33), 1),
     ],
 )
-def test_per_channel_equals_the_chain(device, dtype, shape, axis):
+def test_per_channel_equals_the_chain(dtype, shape, axis):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
     check_per_channel(x, axis)
     if x.dim() == 4:
         check_per_channel(x.to(memory_format=torch.channels_last), axis)
 
 
 def check_per_channel(x, axis):
-    scale = (torch.rand(x.shape[axis], dtype=compute_dtype(x.dtype)) * 0.3 + 0.02).to(x.device)
+    scale = torch.rand(x.shape[axis], dtype=compute_dtype(x.dtype)) * 0.3 + 0.02
     check(x, scale, -4, 3, axis)
     y = lsq_fake_quantize(x, scale, -4, 3, channel_axis=axis)
     assert y.stride() == x.stride()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signed", [True, False])
-def test_special_values_equal_the_chain(device, dtype, signed):
+def test_special_values_equal_the_chain(dtype, signed):
     tiny = torch.finfo(dtype).smallest_normal
     values = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny, tiny / 4, -tiny / 4, 1e4, -1e4]
     ties = [step * 0.25 for step in range(-40, 41)]
-    x = torch.tensor(values + ties, dtype=torch.float64).to(dtype).to(device)
+    x = torch.tensor(values + ties, dtype=torch.float64).to(dtype)
     for step in (0.5, 0.25, 0.1, 1e-5, 1e3):
-        scale = torch.tensor(step, dtype=compute_dtype(dtype), device=device)
+        scale = torch.tensor(step, dtype=compute_dtype(dtype))
         quant_min, quant_max = thresholds(4, signed=signed)
         y = lsq_fake_quantize(x, scale, quant_min, quant_max)
         assert_same_bits(y, chain(x, scale, quant_min, quant_max)[2])
@@ -144,6 +137,7 @@ def test_special_values_equal_the_chain(device, dtype, signed):
         check(finite, scale, quant_min, quant_max)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_every_bit_width_equals_the_chain(bits):
     x = torch.randn(5000) * 2**bits / 4
@@ -151,6 +145,7 @@ def test_every_bit_width_equals_the_chain(bits):
         check(x, torch.tensor(0.9), *thresholds(bits, signed=signed))
 
 
+@pytest.mark.usefixtures("device")
 def test_all_half_precision_numbers_equal_the_chain():
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -159,27 +154,7 @@ def test_all_half_precision_numbers_equal_the_chain():
             assert_same_bits(lsq_fake_quantize(x, scale, -128, 127), chain(x, scale, -128, 127)[2])
 
 
-@given(
-    shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),
-    per_channel=st.booleans(),
-    axis=st.integers(0, 3),
-    order=st.randoms(use_true_random=False),
-    dtype=st.sampled_from(DTYPES),
-)
-@settings(max_examples=150, deadline=None)
-def test_any_shape_and_order_of_axes_equals_the_chain(shape, per_channel, axis, order, dtype):
-    x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    axes = list(range(len(shape)))
-    order.shuffle(axes)
-    x = x.permute(axes)
-    if per_channel:
-        axis = axis % x.dim()
-        scale = torch.rand(x.shape[axis], dtype=compute_dtype(dtype)) + 0.01
-        check(x, scale, -8, 7, axis)
-    else:
-        check(x, torch.tensor(0.2, dtype=compute_dtype(dtype)), -8, 7)
-
-
+@pytest.mark.usefixtures("device")
 def test_memory_with_gaps_works_and_keeps_its_values():
     base = torch.randn(6, 10, 8)
     for x in (base[:, ::2], base[1:, 3:, 1:], base[:, :1].expand(6, 4, 8), base.transpose(0, 2)):
@@ -187,6 +162,7 @@ def test_memory_with_gaps_works_and_keeps_its_values():
         check(x, torch.rand(x.shape[1]) + 0.1, -8, 7, 1)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("channel_axis", [None, 1])
 def test_many_bit_widths_equal_single_calls(channel_axis):
     x = torch.randn(6, 5, 40).requires_grad_()
@@ -222,13 +198,13 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", GROUPED)
-def test_grouped_parts_equal_single_calls(device, dtype, kind):
+def test_grouped_parts_equal_single_calls(dtype, kind):
     torch.manual_seed(0)
     shape, axis, layout = GROUPED[kind]
-    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device).contiguous()
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous()
     check_grouped(x.to(memory_format=layout), axis)
 
 
@@ -236,7 +212,7 @@ def check_grouped(x, axis):
     """Outputs and gradients of three parts against three calls; the layout is kept."""
     mins, maxs = [-2, -8, 0], [1, 7, 255]
     rows = (3,) if axis is None else (3, x.shape[axis])
-    scales = (torch.rand(rows, dtype=compute_dtype(x.dtype)) * 0.2 + 0.05).to(x.device)
+    scales = torch.rand(rows, dtype=compute_dtype(x.dtype)) * 0.2 + 0.05
     x, scales = x.detach().requires_grad_(), scales.requires_grad_()
     grad = torch.randn(x.shape, dtype=torch.float64).to(x)
     y = lsq_fake_quantize_grouped(x, scales, mins, maxs, channel_axis=axis)
@@ -248,13 +224,18 @@ def check_grouped(x, axis):
     one_dx, one_dscales = torch.autograd.grad(parts, (x, scales), grad.chunk(3))
     assert_same_bits(y.detach(), torch.cat(parts).detach())
     assert_same_bits(dx, one_dx)
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        assert_same_bits(dscales, one_dscales)
+    in_place = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    if in_place:
         assert y.stride() == x.stride()
+    # On CUDA a part adds in another order where it does not start at 16 bytes.
+    aligned = x.device.type == "cpu" or x.nbytes // 3 % 16 == 0
+    if in_place and aligned:
+        assert_same_bits(dscales, one_dscales)
     else:  # a copy in another order of the axes adds in another order
         torch.testing.assert_close(dscales, one_dscales, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("device")
 def test_grouped_parts_in_any_memory_equal_single_calls():
     base = torch.randn(6, 8, 10)
     for x in (
@@ -269,20 +250,7 @@ def test_grouped_parts_in_any_memory_equal_single_calls():
         check_grouped(x, 1)
 
 
-@given(
-    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    axis=st.none() | st.integers(1, 3),
-    order=st.randoms(use_true_random=False),
-)
-@settings(max_examples=60, deadline=None)
-def test_grouped_parts_of_any_shape_equal_single_calls(shape, axis, order):
-    axes = list(range(len(shape)))
-    order.shuffle(axes)
-    x = torch.randn(shape).permute(axes)
-    x = torch.cat([x, x + 1, x - 1]) if order.random() < 0.5 else x.repeat_interleave(3, 0)
-    check_grouped(x, axis if axis is None or axis < x.dim() else None)
-
-
+@pytest.mark.usefixtures("device")
 def test_grouped_parts_may_share_a_scale_row():
     x, scales = torch.randn(8, 100), torch.tensor([0.3, 0.2, 0.1])
     grad = torch.randn(8, 100)
@@ -301,6 +269,7 @@ def test_grouped_parts_may_share_a_scale_row():
     assert dscales[1] == 0
 
 
+@pytest.mark.usefixtures("device")
 def test_the_default_gradient_factor_of_a_part_counts_the_part_alone():
     x, scales = torch.randn(6, 50), torch.tensor([0.3, 0.2], requires_grad=True)
     how = (x, scales, [-8, -8], [7, 7])
@@ -310,6 +279,7 @@ def test_the_default_gradient_factor_of_a_part_counts_the_part_alone():
     torch.testing.assert_close(lsq, plain / math.sqrt(150 * 7))
 
 
+@pytest.mark.usefixtures("device")
 def test_absent_gradients_are_skipped():
     x, scales = torch.randn(1000), torch.tensor([0.3, 0.2, 0.1])
     grad = torch.randn(1000)
@@ -326,6 +296,7 @@ def test_absent_gradients_are_skipped():
     assert not dscale.any()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("scale", "used", "free"),
     [(1e-7, 1e-5, False), (-3.0, 1e-5, False), (5.0, 2.0, False), (1.5, 1.5, True)],
@@ -339,6 +310,7 @@ def test_the_guard_replaces_the_scale_and_stops_its_gradient(scale, used, free):
     assert bool(s.grad != 0) is free
 
 
+@pytest.mark.usefixtures("device")
 def test_the_default_gradient_factor_is_that_of_lsq():
     x, scale = torch.randn(6, 50), torch.tensor(0.3, requires_grad=True)
     (lsq,) = torch.autograd.grad(lsq_fake_quantize(x, scale, -8, 7).sum(), scale)
@@ -432,17 +404,32 @@ def operator_samples():
         last = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_(wants)
         yield ops.fake_quantize, (leaf, s, *one)
         yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
+        yield ops.fake_quantize_selected, (leaf, s, torch.tensor(1), *many[1:])
         yield ops.fake_quantize_multi, (leaf, s, *many)
         yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
         yield ops.fake_quantize_grouped, (leaf, s, *many)
         yield ops.fake_quantize_grouped, (last, c, [0, 0], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2)
         yield ops.fake_quantize_grouped, (leaf.mT, s, [1, 0, 1], *[[-4] * 3, [3] * 3], *thirds)
     yield ops.fake_quantize_backward, (torch.randn(4, 6), x, scale, *one)
+    yield (
+        ops.fake_quantize_selected_backward,
+        (torch.randn(4, 6), x, scale, torch.tensor(1), *many[1:]),
+    )
     yield ops.fake_quantize_multi_backward, ([torch.randn(4, 6), None], x, scale, *many)
     yield ops.fake_quantize_grouped_backward, (torch.randn(4, 6), x, scale, *many)
+    grad, per_axis = torch.randn_like(last), ([0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
+    last, c = last.detach(), per_channel
+    yield ops.fake_quantize_backward, (grad, last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
+    yield ops.fake_quantize_multi_backward, ([None, grad], last, c, *per_axis)
+    yield ops.fake_quantize_grouped_backward, (grad, last, c, *per_axis)
+    yield (
+        ops.fake_quantize_grouped_backward,
+        (x.mT, x.mT, scale, [1, 0, 1], [-4] * 3, [3] * 3, *thirds),
+    )
 
 
-@pytest.mark.parametrize("sample", range(17))
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("sample", range(24))
 def test_opcheck(sample):
     operator, arguments = list(operator_samples())[sample]
     torch.library.opcheck(operator.default, arguments)
@@ -460,6 +447,7 @@ class Block(torch.nn.Module):
         return torch.nn.functional.conv2d(x, weight).relu()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(backend):
     block, x = Block(), torch.rand(2, 4, 8, 8)
@@ -475,6 +463,7 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(ours, reference)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("many", [lsq_fake_quantize_multi, lsq_fake_quantize_grouped])
 @pytest.mark.parametrize("axis", [None, 1])
 def test_many_bit_widths_compile_without_a_graph_break(many, axis):
@@ -494,9 +483,9 @@ def test_many_bit_widths_compile_without_a_graph_break(many, axis):
         assert ours.stride() == expected.stride()
 
 
-def test_works_under_autocast():
+def test_works_under_autocast(device):
     block, x = Block(), torch.rand(2, 4, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = block(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
@@ -518,6 +507,43 @@ EVERY_FUNCTION = pytest.mark.parametrize(
 
 
 @EVERY_FUNCTION
+def test_autocast_changes_no_dtype(function, device):
+    scale = torch.tensor(0.1, requires_grad=True)
+    for dtype in DTYPES:
+        x = torch.randn(10, 20, dtype=dtype, requires_grad=True)
+        with torch.autocast(device, torch.bfloat16):
+            y = function(x, scale, -8, 7)
+        dx, dscale = torch.autograd.grad(y.sum(), (x, scale))
+        assert (y.dtype, dx.dtype, dscale.dtype) == (dtype, dtype, torch.float32)
+
+
+@pytest.mark.usefixtures("device")
+@EVERY_FUNCTION
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_dense_tensor_is_not_copied(function, layout):
+    dense = torch.randn(4, 6, 5, 7).to(memory_format=layout)
+    scale = torch.tensor(0.1, requires_grad=True)
+
+    def copies_of(x):
+        x = x.detach().requires_grad_()
+        grad = torch.randn_like(function(x, scale, -8, 7))
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as told:
+            y = function(x, scale, -8, 7)
+            torch.autograd.grad(y, x, grad)
+        assert y.stride()[-4:] == torch.empty_like(x).stride()
+        copies = ("aten::copy_", "aten::clone", "aten::contiguous")
+        return [
+            event.name
+            for event in told.events()
+            if event.name in copies and list(x.shape) in event.input_shapes
+        ]
+
+    assert not copies_of(dense)
+    assert copies_of(dense[:, ::2])
+
+
+@pytest.mark.usefixtures("device")
+@EVERY_FUNCTION
 def test_only_the_input_is_saved_for_backward(function):
     saved = []
     x = torch.randn(1000, requires_grad=True)
@@ -528,6 +554,7 @@ def test_only_the_input_is_saved_for_backward(function):
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
 
 
+@pytest.mark.usefixtures("device")
 @EVERY_FUNCTION
 def test_an_input_changed_before_backward_is_an_error(function):
     leaf = torch.randn(1000, requires_grad=True)
@@ -538,6 +565,7 @@ def test_an_input_changed_before_backward_is_an_error(function):
         y.sum().backward()
 
 
+@pytest.mark.usefixtures("device")
 @EVERY_FUNCTION
 def test_backward_twice_needs_a_kept_graph(function):
     x = torch.randn(10, requires_grad=True)
@@ -548,6 +576,7 @@ def test_backward_twice_needs_a_kept_graph(function):
         y.backward()
 
 
+@pytest.mark.usefixtures("device")
 @EVERY_FUNCTION
 def test_a_forward_mode_derivative_is_refused(function):
     with torch.autograd.forward_ad.dual_level():
@@ -556,6 +585,7 @@ def test_a_forward_mode_derivative_is_refused(function):
             function(x, torch.tensor(0.1), -8, 7)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_scale_of_another_dtype_is_converted_and_its_gradient_back():
     x = torch.randn(100, dtype=torch.float64)
     scale = torch.tensor(0.25, dtype=torch.bfloat16, requires_grad=True)
@@ -565,6 +595,7 @@ def test_a_scale_of_another_dtype_is_converted_and_its_gradient_back():
     assert scale.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("device")
 @EVERY_FUNCTION
 def test_a_second_derivative_is_refused(function):
     x = torch.randn(10, requires_grad=True)
@@ -574,6 +605,7 @@ def test_a_second_derivative_is_refused(function):
         dx.sum().backward()
 
 
+@pytest.mark.usefixtures("device")
 @EVERY_FUNCTION
 def test_vmap_is_refused(function):
     with pytest.raises(RuntimeError, match=r"fake_quantize\w* does not support torch\.vmap"):
@@ -644,7 +676,81 @@ def test_wrong_gradients_are_named():
         torch.ops.limpq.fake_quantize_multi_backward([x], x, scale, *many)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 def test_devices_that_differ_are_named():
     with pytest.raises(ValueError, match="x is on cuda:0 and scale on cpu"):
         lsq_fake_quantize(torch.ones(3, device="cuda"), torch.tensor(0.1), -8, 7)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_in_the_quantizer_is_relu_in_front_of_it(dtype):
+    x = torch.randn(4099).to(dtype)
+    x[::7] = 0.0
+    x[1::7] = -0.0
+    x[2::97] = math.inf
+    x[3::97] = -math.inf
+    x[4::97] = math.nan
+    x[5::97] = 1e-30
+    scale = torch.tensor([0.1, 0.7], dtype=compute_dtype(dtype))
+    grad = torch.randn(4099).to(dtype)
+
+    def run(relu):
+        leaf, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        given = leaf if relu else leaf.relu()
+        y = torch.ops.limpq.fake_quantize(
+            given, step, 1, 0, 7, None, 0.5, 1e-5, math.inf, relu=relu
+        )
+        return (y, *torch.autograd.grad(y, (leaf, step), grad))
+
+    for fused, composed in zip(run(True), run(False), strict=True):
+        # -0.0 equals 0.0 here: which of them relu gives depends on the device.
+        assert torch.equal(fused.nan_to_num(7.0), composed.nan_to_num(7.0))
+
+
+def test_relu_in_the_quantizer_needs_an_unsigned_range():
+    x, scale = torch.randn(3), torch.ones(1)
+    with pytest.raises(ValueError, match="quant_min is -8, expected 0 with relu=True"):
+        torch.ops.limpq.fake_quantize(x, scale, 0, -8, 7, None, 1.0, 1e-5, math.inf, relu=True)
+
+
+CANDIDATES = {"quant_mins": [0, 0, 0], "quant_maxs": [3, 15, 63]}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu):
+    x = torch.randn(5, 7, 33).to(dtype).requires_grad_()
+    shape = (3,) if axis is None else (3, 7)
+    scale = (torch.rand(shape, dtype=compute_dtype(dtype)) + 0.1).requires_grad_()
+    grad = torch.randn(5, 7, 33).to(dtype)
+    factors, ops = [1.0, 0.5, 0.25], torch.ops.limpq
+    for k, (low, high) in enumerate(zip(*CANDIDATES.values(), strict=True)):
+        plain = ops.fake_quantize(
+            x, scale, k, low, high, axis, factors[k], 1e-5, math.inf, relu=relu
+        )
+        chosen = ops.fake_quantize_selected(
+            x, scale, torch.tensor([k]), *CANDIDATES.values(), axis, factors, 1e-5, math.inf, relu
+        )
+        expected = (plain, *torch.autograd.grad(plain, (x, scale), grad))
+        for ours, reference in zip(
+            (chosen, *torch.autograd.grad(chosen, (x, scale), grad)), expected, strict=True
+        ):
+            assert_same_bits(ours.detach(), reference.detach())
+
+
+@pytest.mark.parametrize(
+    ("selected", "error", "message"),
+    [
+        (torch.tensor(3), IndexError, "selected is 3, expected 0 to 2"),
+        (torch.tensor(-1), IndexError, "selected is -1, expected 0 to 2"),
+        (torch.tensor(1.0), TypeError, "selected has dtype Float, expected int64"),
+        (torch.tensor([0, 1]), ValueError, r"selected has shape \[2\], expected one element"),
+    ],
+)
+def test_a_wrong_selection_is_named(selected, error, message):
+    arguments = (*CANDIDATES.values(), None, [1.0] * 3, 1e-5, math.inf)
+    with pytest.raises(error, match=message):
+        torch.ops.limpq.fake_quantize_selected(torch.randn(3), torch.ones(3), selected, *arguments)

@@ -42,6 +42,7 @@ def test_candidates_must_be_there_and_differ():
         ActivationQuantizer([4.5])
 
 
+@pytest.mark.usefixtures("device")
 def test_weight_start_values_are_those_of_the_paper():
     weight = torch.randn(8, 4, 3, 3) + 0.3
     quantizer = WeightQuantizer(weight, (2, 5))
@@ -51,6 +52,7 @@ def test_weight_start_values_are_those_of_the_paper():
         assert value == pytest.approx(float(wanted), rel=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 def test_weight_start_values_per_channel():
     weight = torch.randn(8, 4, 3, 3)
     quantizer = WeightQuantizer(weight, (2, 5), per_channel=True)
@@ -59,10 +61,12 @@ def test_weight_start_values_per_channel():
     torch.testing.assert_close(quantizer.scale[1], each)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_start_value_of_a_single_weight_is_finite():
     assert weight_start_scale(torch.tensor([[0.5]]), 2) == pytest.approx(0.25)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("signed", [True, False])
 def test_activation_start_values_come_from_the_first_training_batch(signed):
     x = torch.randn(64, 10)
@@ -87,6 +91,7 @@ def test_evaluation_before_training_is_an_error_that_names_the_layer():
         quantizer(torch.ones(3))
 
 
+@pytest.mark.usefixtures("device")
 def test_state_survives_saving_and_loading():
     trained = ActivationQuantizer((3, 6)).train()
     trained(torch.rand(10))
@@ -105,6 +110,7 @@ def test_an_unknown_bit_width_cannot_be_selected():
         ActivationQuantizer((3, 6)).select(5)
 
 
+@pytest.mark.usefixtures("device")
 def test_only_the_selected_scale_gets_a_gradient():
     quantizer = WeightQuantizer(torch.randn(50), (2, 3, 4))
     quantizer.select(3)
@@ -112,6 +118,7 @@ def test_only_the_selected_scale_gets_a_gradient():
     assert [bool(g) for g in quantizer.scale.grad] == [False, True, False]
 
 
+@pytest.mark.usefixtures("device")
 def test_the_cap_bounds_the_scale_and_stops_its_gradient():
     quantizer = LsqQuantizer((4,), signed=True, scale_max=1.0)
     quantizer.set_scale(0, torch.tensor(2.0))
@@ -123,11 +130,13 @@ def test_the_cap_bounds_the_scale_and_stops_its_gradient():
     assert quantizer.values() == {4: 1.0}
 
 
+@pytest.mark.usefixtures("device")
 def test_an_empty_first_batch_is_an_error():
     with pytest.raises(ValueError, match="the first batch is empty"):
         ActivationQuantizer((4,)).train()(torch.ones(0, 3))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_nan_in_the_first_batch_does_not_pass_as_a_scale():
     quantizer = ActivationQuantizer((4,), name="layer 'conv2': input quantizer").train()
     with pytest.raises(ValueError, match=r"layer 'conv2': input quantizer: the first batch"):

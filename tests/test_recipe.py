@@ -1,5 +1,7 @@
 import pytest
 
+pytest.importorskip("pydantic")
+
 from limpq_ext.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 
 

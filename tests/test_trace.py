@@ -1,5 +1,8 @@
 import pytest
 import torch
+
+pytest.importorskip("torchvision")
+
 import torchvision
 from networks import (
     Depthwise,

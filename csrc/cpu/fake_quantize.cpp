@@ -274,6 +274,9 @@ struct ProblemList {
     return total;
   }
 
+  /// Tasks of a thread at least: waking another thread for less takes longer than it helps.
+  int64_t grain() const { return count == 0 ? 1 : std::max(1, 4 / problems[0].count); }
+
   /// Calls run(problem, partition, task) for the tasks begin .. end.
   template <typename Run>
   void run_tasks(int64_t begin, int64_t end, Run run) const {
@@ -313,12 +316,12 @@ const std::string& capability() {
 
 void fake_quantize_forward(const ForwardProblem* problems, int64_t count, Parallel parallel) {
   const ProblemList<ForwardProblem> list{problems, count};
-  parallel(list.tasks(), forward_tasks, &list);
+  parallel(list.tasks(), list.grain(), forward_tasks, &list);
 }
 
 void fake_quantize_backward(const BackwardProblem* problems, int64_t count, Parallel parallel) {
   const ProblemList<BackwardProblem> list{problems, count};
-  parallel(list.tasks(), backward_tasks, &list);
+  parallel(list.tasks(), list.grain(), backward_tasks, &list);
   for (int64_t i = 0; i < count; ++i) {
     with_type(problems[i].dtype, [&](auto zero) {
       finish_scale_gradients<typename ComputeType<decltype(zero)>::type>(problems[i]);

@@ -9,9 +9,10 @@
 namespace limpq::cpu {
 
 /// Runs body(context, begin, end) over sub-ranges that cover 0 .. tasks, possibly at once on many
-/// threads. Plain pointers: a std::function would allocate memory in every call.
+/// threads with at least `grain` tasks each: fewer are not worth a thread. Plain pointers: a
+/// std::function would allocate memory in every call.
 using TaskRange = void (*)(const void* context, int64_t begin, int64_t end);
-using Parallel = void (*)(int64_t tasks, TaskRange body, const void* context);
+using Parallel = void (*)(int64_t tasks, int64_t grain, TaskRange body, const void* context);
 
 /// All problems of the list in one parallel region.
 void fake_quantize_forward(const ForwardProblem* problems, int64_t count, Parallel parallel);

@@ -2,12 +2,15 @@
 #include "fake_quantize.h"
 #include "launch.cuh"
 
-#include <algorithm>
-
 namespace limpq::cuda {
 
-void fake_quantize_backward(const BackwardProblem* problems, int64_t count, CUstream_st* stream) {
-  for (int64_t i = 0; i < count; ++i) dispatch_backward(problems[i], launcher(stream));
+// What fake_quantize.h promises.
+static_assert(Table<BackwardRows<float>, BackwardWidth<float>, Many>::most_entries == 98);
+static_assert(Table<BackwardRows<double>, BackwardWidth<double>, Many>::most_entries == 86);
+
+void fake_quantize_backward(const BackwardProblem* problems, int64_t count, void* counters,
+                            CUstream_st* stream) {
+  dispatch_backward(problems, count, counters, launcher(stream));
 }
 
 int64_t backward_workspace_bytes(const BackwardProblem& problem) {
@@ -16,9 +19,7 @@ int64_t backward_workspace_bytes(const BackwardProblem& problem) {
 
 int64_t backward_counter_bytes(const BackwardProblem* problems, int64_t count) {
   int64_t bytes = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    bytes = std::max(bytes, BackwardLayout::counter_bytes(problems[i]));
-  }
+  for (int64_t i = 0; i < count; ++i) bytes += BackwardLayout::counter_bytes(problems[i]);
   return bytes;
 }
 

@@ -16,7 +16,11 @@
 // order of the additions does not.
 #pragma once
 
+#include <tuple>
+#include <type_traits>
+
 #include "quantizers.cuh"
+#include "table.cuh"
 
 namespace limpq::cuda {
 
@@ -30,39 +34,46 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
+template <typename T>
+struct BackwardWidth : Quantizer<ComputeType<T>> {
+  const T* grad;
+  double grad_factor;
+};
+
 /// The sums over blocks. A block works on `items` sums, count x group_channels of them: item
 /// k * group_channels + j belongs to bit-width k and channel group * group_channels + j.
 template <typename C>
 struct ScaleGradient {
-  C* dscale;  // [scale_rows, channels]
-  int64_t scale_rows;
-  bool adds;  // to what an earlier launch left in dscale
-  double grad_factor[max_bit_widths];
-  int group_channels;
-  SumTree tree;
+  C* dscale;            // [scale_rows, channels]
   double* part_sums;    // [groups, parts, items]
   double* branch_sums;  // [groups, branches, items]
   unsigned* counters;   // [groups, 1 + branches]
+  SumTree tree;
+  int32_t scale_rows;
+  int group_channels;
+  bool adds;  // to what an earlier launch left in dscale
 
-  __device__ __forceinline__ void finish(const Quantizers<C>& quantizers, unsigned group, int item,
+  template <typename Problem>
+  __device__ __forceinline__ void finish(const Problem& of, unsigned group, int item,
                                          double sum) const {
-    const int k = item / group_channels;
+    const Scales<C>& scales = of.problem.scales;
+    const auto& width = of.widths[item / group_channels];
     const int64_t channel = int64_t(group) * group_channels + item % group_channels;
-    if (channel >= quantizers.channels) return;
-    const int64_t at = quantizers.scale_row[k] * quantizers.channels + channel;
-    const bool is_free =
-        scale_is_free(quantizers.scale[at], quantizers.scale_min, quantizers.scale_max);
-    const C value = is_free ? static_cast<C>(sum * grad_factor[k]) : C(0);
+    if (channel >= scales.channels) return;
+    const int64_t at = width.scale_row * scales.channels + channel;
+    const bool is_free = scale_is_free(scales.scale[at], scales.scale_min, scales.scale_max);
+    const C value = is_free ? static_cast<C>(sum * width.grad_factor) : C(0);
     dscale[at] = adds ? dscale[at] + value : value;
   }
 
   /// Takes the sum of one item over this block.
-  __device__ __forceinline__ void deliver(const Quantizers<C>& quantizers, unsigned group,
-                                          unsigned part, int item, double sum) const {
+  template <typename Problem>
+  __device__ __forceinline__ void deliver(const Problem& of, unsigned group, unsigned part,
+                                          int item, double sum) const {
     if (tree.parts == 1) {
-      finish(quantizers, group, item, sum);
+      finish(of, group, item, sum);
     } else {
-      const int64_t items = int64_t(quantizers.count) * group_channels;
+      const int64_t items = int64_t(of.problem.count) * group_channels;
       part_sums[(int64_t(group) * tree.parts + part) * items + item] = sum;
     }
   }
@@ -120,30 +131,31 @@ struct ScaleGradient {
   }
 
   /// Rows that no bit-width of this call uses.
-  __device__ __forceinline__ void clear_unused_rows(const Quantizers<C>& quantizers,
-                                                    unsigned group) const {
+  template <typename Problem>
+  __device__ __forceinline__ void clear_unused_rows(const Problem& of, unsigned group) const {
     if (adds) return;
+    const int64_t channels = of.problem.scales.channels;
     for (int64_t row = 0; row < scale_rows; ++row) {
       bool used = false;
-      for (int k = 0; k < quantizers.count; ++k) used |= quantizers.scale_row[k] == row;
+      for (int k = 0; k < of.problem.count; ++k) used |= of.widths[k].scale_row == row;
       if (used) continue;
       for (int j = threadIdx.x; j < group_channels; j += blockDim.x) {
         const int64_t channel = int64_t(group) * group_channels + j;
-        if (channel < quantizers.channels) dscale[row * quantizers.channels + channel] = C(0);
+        if (channel < channels) dscale[row * channels + channel] = C(0);
       }
     }
   }
 
   /// After the block has delivered all of its items.
-  __device__ __forceinline__ void complete(const Quantizers<C>& quantizers, unsigned group,
-                                           unsigned part) const {
-    const int items = quantizers.count * group_channels;
+  template <typename Problem>
+  __device__ __forceinline__ void complete(const Problem& of, unsigned group, unsigned part) const {
+    const int items = of.problem.count * group_channels;
     if (tree.parts > 1 && items > 0) {
       const unsigned branch = part / tree.fan_in;
       const unsigned first = branch * tree.fan_in;
       const unsigned parts = min(tree.fan_in, tree.parts - first);
       unsigned* const counter = counters + int64_t(group) * (1 + tree.branches);
-      const auto finish_item = [&](int item, double sum) { finish(quantizers, group, item, sum); };
+      const auto finish_item = [&](int item, double sum) { finish(of, group, item, sum); };
 
       if (!last_to_arrive(counter + 1 + branch, parts)) return;
       const double* const branch_parts = part_sums + (int64_t(group) * tree.parts + first) * items;
@@ -160,7 +172,7 @@ struct ScaleGradient {
     } else if (part != 0) {
       return;
     }
-    clear_unused_rows(quantizers, group);
+    clear_unused_rows(of, group);
   }
 };
 
@@ -168,18 +180,20 @@ struct ScaleGradient {
 constexpr int backward_rows_block = 256;
 constexpr int backward_columns_block = 128;
 
-/// Blocks of backward_rows that a multiprocessor's registers are to hold: as many as need no spills
-/// on any architecture.
-template <typename T, bool single>
-constexpr int backward_rows_residents =
-    single ? (sizeof(T) == 4 ? 4 : 3) : (sizeof(T) == 8 ? 2 : 3);
+/// Blocks that a multiprocessor's registers are to hold: as many as need no spills on any
+/// architecture. Kernels that search their table need more registers.
+template <typename T, bool single, typename Capacity>
+constexpr int backward_rows_residents = !std::is_same_v<Capacity, One> ? (sizeof(T) == 4 ? 3 : 2)
+                                        : single                       ? (sizeof(T) == 4 ? 4 : 3)
+                                                                       : (sizeof(T) == 8 ? 2 : 3);
+template <typename Capacity>
+constexpr int backward_columns_residents = std::is_same_v<Capacity, One> ? 4 : 3;
 
 template <typename T>
 struct BackwardRows {
-  Quantizers<ComputeType<T>> quantizers;
+  Scales<ComputeType<T>> scales;
   ScaleGradient<ComputeType<T>> scale_gradient;
   const T* x;
-  const T* grad[max_bit_widths];
   T* dx;
   int64_t outer;
   int64_t inner;
@@ -188,6 +202,10 @@ struct BackwardRows {
   unsigned pieces;
   unsigned groups;
   int team;
+  int count;
+  int candidates;
+  const int64_t* selected;
+  int first_width;
   bool aligned;
 };
 
@@ -209,21 +227,24 @@ __device__ __forceinline__ C backward_pack(const C (&grad)[V], const C (&quotien
 /// `single`: count is 1, and the scale and the sum stay in registers.
 ///
 /// Each team of threads takes one channel, and of it either one piece of one row or several rows.
-template <typename T, bool single>
-__global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single>)
-    backward_rows(const __grid_constant__ BackwardRows<T> p) {
+template <typename T, bool single, typename Capacity>
+__global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single, Capacity>)
+    backward_rows(
+        const __grid_constant__ Table<BackwardRows<T>, BackwardWidth<T>, Capacity> table) {
+  const auto picked = table.template pick<single>(blockIdx.x);
+  const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
-  const int threads = blockDim.x;
+  constexpr int threads = backward_rows_block;
   const int team = threadIdx.x / p.team;
   const int lane = threadIdx.x % p.team;
-  const unsigned piece = blockIdx.x % p.pieces;
-  const unsigned group = blockIdx.x / p.pieces % p.groups;
-  const unsigned chunk = blockIdx.x / p.pieces / p.groups;
+  const unsigned piece = block % p.pieces;
+  const unsigned group = block / p.pieces % p.groups;
+  const unsigned chunk = block / p.pieces / p.groups;
   const int teams = threads / p.team;
-  const int64_t channels = p.quantizers.channels;
+  const int64_t channels = p.scales.channels;
   const int64_t channel = int64_t(group) * teams + team;
-  const int count = single ? 1 : p.quantizers.count;
+  const int count = single ? 1 : p.count;
 
   C* const sums = reinterpret_cast<C*>(shared_memory());  // [count, threads]
   Divisor<C>* const divisors =
@@ -232,10 +253,10 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
   C only_sum = C(0);
   if (channel < channels) {
     if (single) {
-      only_divisor = p.quantizers.divisor(0, channel);
+      only_divisor = widths[0].divisor(p.scales, channel);
     } else {
       for (int k = lane; k < count; k += p.team) {
-        divisors[k * teams + team] = p.quantizers.divisor(k, channel);
+        divisors[k * teams + team] = widths[k].divisor(p.scales, channel);
       }
     }
   }
@@ -255,23 +276,23 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
       C grad[V];
       C quotient[V];
       if constexpr (single) {
-        const Pack<T> grad_pack = span.load(p.grad[0]);
+        const Pack<T> grad_pack = span.load(widths[0].grad);
         widen<T>(span.load(p.x), x);
         widen<T>(grad_pack, grad);
         divide(x, only_divisor, all_tame<T>(x), quotient);
-        only_sum += backward_pack(grad, quotient, p.quantizers.range(0), true, dx);
+        only_sum += backward_pack(grad, quotient, widths[0].range(), true, dx);
       } else {
         widen<T>(span.load(p.x), x);
         const bool tame = all_tame<T>(x);
         Pack<T> next{};
-        if (count > 0) next = span.load(p.grad[0]);
+        if (count > 0) next = span.load(widths[0].grad);
 #pragma unroll 1
         for (int k = 0; k < count; ++k) {
           widen<T>(next, grad);
-          if (k + 1 < count) next = span.load(p.grad[k + 1]);  // under way while k is computed
+          if (k + 1 < count) next = span.load(widths[k + 1].grad);  // under way while k is computed
           divide(x, divisors[k * teams + team], tame, quotient);
           sums[k * threads + threadIdx.x] +=
-              backward_pack(grad, quotient, p.quantizers.range(k), k == 0, dx);
+              backward_pack(grad, quotient, widths[k].range(), k == 0, dx);
         }
       }
       span.store(p.dx, narrow<T>(dx));
@@ -293,22 +314,25 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
     for (int distance = warp_size / 2; distance > 0; distance /= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
-    if (warp_lane == 0) p.scale_gradient.deliver(p.quantizers, group, part, item, sum);
+    if (warp_lane == 0) p.scale_gradient.deliver(picked, group, part, item, sum);
   }
-  p.scale_gradient.complete(p.quantizers, group, part);
+  p.scale_gradient.complete(picked, group, part);
 }
 
 template <typename T>
 struct BackwardColumns {
-  Quantizers<ComputeType<T>> quantizers;
+  Scales<ComputeType<T>> scales;
   ScaleGradient<ComputeType<T>> scale_gradient;
   const T* x;
-  const T* grad[max_bit_widths];
   T* dx;
   int64_t rows;
   int64_t chunk_rows;
   unsigned groups;
   int width;
+  int count;
+  int candidates;
+  const int64_t* selected;
+  int first_width;
 };
 
 /// Rows that a thread has in registers at a time.
@@ -320,19 +344,22 @@ constexpr int column_rows = sizeof(T) == 2 ? 2 : 4;
 /// Each thread owns V neighbouring channels and walks down their rows, `column_rows` at a time, so
 /// that the scales are fetched and inverted once for them. V > 1 asks for channels % V == 0 and for
 /// pointers, scale too, divisible by 16.
-template <typename T, int V>
-__global__ void __launch_bounds__(backward_columns_block, 4)
-    backward_columns(const __grid_constant__ BackwardColumns<T> p) {
+template <typename T, int V, typename Capacity>
+__global__ void __launch_bounds__(backward_columns_block, backward_columns_residents<Capacity>)
+    backward_columns(
+        const __grid_constant__ Table<BackwardColumns<T>, BackwardWidth<T>, Capacity> table) {
+  const auto picked = table.template pick<true>(blockIdx.x);
+  const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int rows_at_a_time = column_rows<T>;
   const int threads = blockDim.x;
   const int height = threads / p.width;
   const int down = threadIdx.x / p.width;
-  const unsigned group = blockIdx.x % p.groups;
-  const unsigned chunk = blockIdx.x / p.groups;
-  const int64_t channels = p.quantizers.channels;
+  const unsigned group = block % p.groups;
+  const unsigned chunk = block / p.groups;
+  const int64_t channels = p.scales.channels;
   const int64_t channel = (int64_t(group) * p.width + threadIdx.x % p.width) * V;
-  const int count = p.quantizers.count;
+  const int count = p.count;
 
   C* const sums = reinterpret_cast<C*>(shared_memory());  // [count, V, threads]
   for (int i = 0; i < count * V; ++i) sums[i * threads + threadIdx.x] = C(0);
@@ -354,11 +381,11 @@ __global__ void __launch_bounds__(backward_columns_block, 4)
 #pragma unroll
         for (int u = 0; u < rows_at_a_time; ++u) {
           const int64_t row = first + u * height;
-          if (row < end) grads[u] = load_pack<V>(p.grad[k] + row * channels + channel);
+          if (row < end) grads[u] = load_pack<V>(widths[k].grad + row * channels + channel);
         }
         Divisor<C> divisors[V];
-        p.quantizers.divisors(k, channel, divisors);
-        const Range<C> range = p.quantizers.range(k);
+        widths[k].divisors(p.scales, channel, divisors);
+        const Range<C> range = widths[k].range();
         C sum[V] = {};
 #pragma unroll
         for (int u = 0; u < rows_at_a_time; ++u) {
@@ -396,9 +423,9 @@ __global__ void __launch_bounds__(backward_columns_block, 4)
     const C* const column = sums + (k * V + j) * threads + item % group_channels / V;
     double sum = 0;
     for (int i = 0; i < height; ++i) sum += column[i * p.width];
-    p.scale_gradient.deliver(p.quantizers, group, chunk, item, sum);
+    p.scale_gradient.deliver(picked, group, chunk, item, sum);
   }
-  p.scale_gradient.complete(p.quantizers, group, chunk);
+  p.scale_gradient.complete(picked, group, chunk);
 }
 
 /// How a backward problem is cut: which kernel, and what it asks of its caller.
@@ -406,6 +433,8 @@ struct BackwardLayout {
   static constexpr int shared_limit = 48 * 1024;  // what every GPU gives without asking
 
   BackwardProblem problem;  // collapsed, bit-widths without a gradient left out
+  int wave = 0;             // how many others it follows that have the same dscale
+  unsigned* counters = nullptr;
   bool columns;
   int pack;  // elements of an access
   bool aligned;
@@ -414,6 +443,7 @@ struct BackwardLayout {
   int group_channels = 0;
   int shared_bytes = 0;
   SumTree tree{1};
+  // One of these is in use.
   RowsLayout rows;
   ColumnsLayout column;
 
@@ -426,13 +456,14 @@ struct BackwardLayout {
 
   /// What the caller has to provide, whatever its pointers will be.
   static int64_t workspace_bytes(const BackwardProblem& problem) {
-    return std::max(BackwardLayout(problem, true, true).workspace_bytes(),
-                    BackwardLayout(problem, false, false).workspace_bytes());
+    return most(problem, [](const BackwardLayout& layout) { return layout.workspace_bytes(); });
   }
   static int64_t counter_bytes(const BackwardProblem& problem) {
-    return std::max(BackwardLayout(problem, true, true).counter_bytes(),
-                    BackwardLayout(problem, false, false).counter_bytes());
+    return most(problem, [](const BackwardLayout& layout) { return layout.counter_bytes(); });
   }
+
+  /// Problems of one kind run in one launch.
+  auto kind() const { return std::tuple(wave, problem.dtype, columns, pack); }
 
   int64_t items() const { return int64_t(problem.count) * group_channels; }
   int64_t workspace_bytes() const {
@@ -448,18 +479,16 @@ struct BackwardLayout {
       : problem(with_gradients(collapse(original))),
         columns(by_columns(problem)),
         pack(1),
-        aligned(alike),
-        rows(problem, 16 / element_bytes(problem.dtype), backward_rows_block, 1, longest_float_sum),
-        column(problem, 1, backward_columns_block, step_rows(problem.dtype), 1, longest_float_sum) {
+        aligned(alike) {
     const int widest = 16 / element_bytes(problem.dtype);
     const int compute_bytes = problem.dtype == DataType::float64 ? 8 : 4;
     if (columns) {
       const int wide_bytes = problem.count * widest * backward_columns_block * compute_bytes;
       if (alike && at_16 && problem.channels % widest == 0 && wide_bytes <= shared_limit) {
         pack = widest;
-        column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
-                               longest_float_sum);
       }
+      column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
+                             longest_float_sum);
       blocks = column.blocks();
       groups = column.groups;
       group_channels = column.width * pack;
@@ -467,6 +496,7 @@ struct BackwardLayout {
       shared_bytes = problem.count * pack * backward_columns_block * compute_bytes;
     } else {
       pack = widest;
+      rows = RowsLayout(problem, pack, backward_rows_block, 1, longest_float_sum);
       blocks = rows.blocks();
       groups = rows.groups;
       group_channels = backward_rows_block / rows.team;
@@ -480,25 +510,25 @@ struct BackwardLayout {
   }
 
  private:
+  /// The most over all alignments.
+  template <typename Bytes>
+  static int64_t most(const BackwardProblem& problem, Bytes&& bytes_of) {
+    const BackwardLayout scalars(problem, false, false);
+    if (!scalars.columns) return bytes_of(scalars);  // the cut of rows does not depend on it
+    return std::max(bytes_of(scalars), bytes_of(BackwardLayout(problem, true, true)));
+  }
+
   static int step_rows(DataType dtype) {
     return element_bytes(dtype) == 2 ? column_rows<__half> : column_rows<float>;
   }
 
-  static int element_bytes(DataType dtype) {
-    switch (dtype) {
-      case DataType::float32:
-        return 4;
-      case DataType::float64:
-        return 8;
-      case DataType::float16:
-      case DataType::bfloat16:
-        return 2;
-    }
-    return 0;
-  }
-
   static BackwardProblem with_gradients(BackwardProblem problem) {
-    const int count = problem.numel() == 0 ? 0 : problem.count;
+    if (problem.numel() == 0) {
+      problem.count = problem.candidates = 0;
+      problem.selected = nullptr;
+    }
+    if (problem.selected != nullptr) return problem;
+    const int count = problem.count;
     problem.count = 0;
     for (int k = 0; k < count; ++k) {
       if (problem.grad[k] == nullptr) continue;
@@ -509,76 +539,125 @@ struct BackwardLayout {
       problem.quant_max[to] = problem.quant_max[k];
       problem.grad_factor[to] = problem.grad_factor[k];
     }
+    problem.candidates = problem.count;
     return problem;
   }
 };
 
-/// Chooses the kernel. `launch(kernel, blocks, threads, bytes of shared memory, parameters)`.
-template <typename T, typename Launch>
-void backward(const BackwardLayout& layout, Launch&& launch) {
+template <typename T>
+void describe_backward_width(const BackwardLayout& layout, int k, BackwardWidth<T>& width) {
+  static_cast<Quantizer<ComputeType<T>>&>(width) = Quantizer<ComputeType<T>>(layout.problem, k);
+  width.grad = static_cast<const T*>(layout.problem.grad[k]);
+  width.grad_factor = layout.problem.grad_factor[k];
+}
+
+/// What the entries for rows and for columns have in common.
+template <typename T, typename Entry>
+Work describe_backward(const BackwardLayout& layout, Entry& entry) {
   using C = ComputeType<T>;
   static_assert(sizeof(Divisor<C>) == 8, "BackwardLayout reserves 8 bytes");
   const BackwardProblem& problem = layout.problem;
-
-  const auto fill_in = [&](auto& parameters) {
-    parameters.quantizers = Quantizers<C>(problem);
-    parameters.x = static_cast<const T*>(problem.x);
-    parameters.dx = static_cast<T*>(problem.dx);
-    auto& scale_gradient = parameters.scale_gradient;
-    scale_gradient.dscale = static_cast<C*>(problem.dscale);
-    scale_gradient.scale_rows = problem.scale_rows;
-    scale_gradient.adds = problem.adds_to_dscale;
-    scale_gradient.group_channels = layout.group_channels;
-    scale_gradient.tree = layout.tree;
-    scale_gradient.part_sums = static_cast<double*>(problem.workspace);
-    scale_gradient.branch_sums =
-        scale_gradient.part_sums + layout.groups * layout.tree.parts * layout.items();
-    scale_gradient.counters = static_cast<unsigned*>(problem.counters);
-    for (int k = 0; k < problem.count; ++k) {
-      parameters.grad[k] = static_cast<const T*>(problem.grad[k]);
-      scale_gradient.grad_factor[k] = problem.grad_factor[k];
-    }
-  };
-
-  if (layout.columns) {
-    BackwardColumns<T> parameters;
-    fill_in(parameters);
-    parameters.rows = problem.outer;
-    parameters.chunk_rows = layout.column.chunk_rows;
-    parameters.groups = layout.column.groups;
-    parameters.width = layout.column.width;
-    launch(layout.pack == 1 ? backward_columns<T, 1> : backward_columns<T, vector_size<T>>,
-           layout.blocks, backward_columns_block, layout.shared_bytes, parameters);
-    return;
-  }
-  BackwardRows<T> parameters;
-  fill_in(parameters);
-  parameters.outer = problem.outer;
-  parameters.inner = problem.inner;
-  parameters.piece_packs = layout.rows.piece_packs;
-  parameters.chunk_rows = layout.rows.chunk_rows;
-  parameters.pieces = layout.rows.pieces;
-  parameters.groups = layout.rows.groups;
-  parameters.team = layout.rows.team;
-  parameters.aligned = layout.aligned;
-  launch(problem.count == 1 ? backward_rows<T, true> : backward_rows<T, false>, layout.blocks,
-         backward_rows_block, layout.shared_bytes, parameters);
+  entry.scales = Scales<C>(problem);
+  entry.x = static_cast<const T*>(problem.x);
+  entry.dx = static_cast<T*>(problem.dx);
+  ScaleGradient<C>& scale_gradient = entry.scale_gradient;
+  scale_gradient.dscale = static_cast<C*>(problem.dscale);
+  scale_gradient.scale_rows = checked_unsigned(problem.scale_rows, "scale rows");
+  scale_gradient.adds = problem.adds_to_dscale;
+  scale_gradient.group_channels = layout.group_channels;
+  scale_gradient.tree = layout.tree;
+  scale_gradient.part_sums = static_cast<double*>(problem.workspace);
+  scale_gradient.branch_sums =
+      scale_gradient.part_sums + layout.groups * layout.tree.parts * layout.items();
+  scale_gradient.counters = layout.counters;
+  return {layout.blocks, layout.shared_bytes};
 }
 
-template <typename Launch>
-void dispatch_backward(const BackwardProblem& problem, Launch&& launch) {
-  if (problem.scale_rows * problem.channels == 0) return;  // then x has no element either
-  const BackwardLayout layout = BackwardLayout::of(problem);
-  switch (problem.dtype) {
-    case DataType::float32:
-      return backward<float>(layout, launch);
-    case DataType::float64:
-      return backward<double>(layout, launch);
-    case DataType::float16:
-      return backward<__half>(layout, launch);
-    case DataType::bfloat16:
-      return backward<__nv_bfloat16>(layout, launch);
+template <typename T, bool single, typename Capacity, typename Launch>
+void launch_backward_rows(const std::vector<const BackwardLayout*>& layouts, Launch&& launch) {
+  const auto describe = [](const BackwardLayout& layout, BackwardRows<T>& entry) {
+    entry.outer = layout.problem.outer;
+    entry.inner = layout.problem.inner;
+    entry.piece_packs = layout.rows.piece_packs;
+    entry.chunk_rows = layout.rows.chunk_rows;
+    entry.pieces = layout.rows.pieces;
+    entry.groups = layout.rows.groups;
+    entry.team = layout.rows.team;
+    entry.aligned = layout.aligned;
+    return describe_backward<T>(layout, entry);
+  };
+  launch_tables(backward_rows<T, single, Capacity>, backward_rows_block, layouts, describe,
+                describe_backward_width<T>, launch);
+}
+
+template <typename T, int V, typename Capacity, typename Launch>
+void launch_backward_columns(const std::vector<const BackwardLayout*>& layouts, Launch&& launch) {
+  const auto describe = [](const BackwardLayout& layout, BackwardColumns<T>& entry) {
+    entry.rows = layout.problem.outer;
+    entry.chunk_rows = layout.column.chunk_rows;
+    entry.groups = layout.column.groups;
+    entry.width = layout.column.width;
+    return describe_backward<T>(layout, entry);
+  };
+  launch_tables(backward_columns<T, V, Capacity>, backward_columns_block, layouts, describe,
+                describe_backward_width<T>, launch);
+}
+
+/// Chooses the kernel for problems of one kind. The kernels for one bit-width and for several give
+/// the same bits, those for different vector widths do not.
+template <typename T, typename Launch>
+void backward(const std::vector<const BackwardLayout*>& layouts, Launch&& launch) {
+  constexpr int V = vector_size<T>;
+  const bool one = layouts.size() == 1;
+  if (layouts[0]->columns) {
+    if (layouts[0]->pack == 1) {
+      if (one) return launch_backward_columns<T, 1, One>(layouts, launch);
+      return launch_backward_columns<T, 1, Many>(layouts, launch);
+    }
+    if (one) return launch_backward_columns<T, V, One>(layouts, launch);
+    return launch_backward_columns<T, V, Many>(layouts, launch);
   }
+  if (one && all_single(layouts)) return launch_backward_rows<T, true, One>(layouts, launch);
+  if (one) return launch_backward_rows<T, false, One>(layouts, launch);
+  if (fit_few(layouts)) return launch_backward_rows<T, true, Few>(layouts, launch);
+  return launch_backward_rows<T, false, Many>(layouts, launch);
+}
+
+/// As few launches as possible: `launch(kernel, blocks, threads, bytes of shared memory, table)`.
+/// A problem that adds to a dscale is launched after the one that it follows. Problems of a launch
+/// run at the same time, so each has counters of its own.
+template <typename Launch>
+void dispatch_backward(const BackwardProblem* problems, int64_t count, void* counters,
+                       Launch&& launch) {
+  auto next_counter = static_cast<unsigned*>(counters);
+  std::vector<BackwardLayout> layouts;
+  layouts.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (problems[i].scale_rows * problems[i].channels == 0) continue;  // x has no element either
+    BackwardLayout layout = BackwardLayout::of(problems[i]);
+    if (layout.problem.adds_to_dscale) {
+      const auto before =
+          std::find_if(layouts.rbegin(), layouts.rend(), [&](const BackwardLayout& earlier) {
+            return earlier.problem.dscale == layout.problem.dscale;
+          });
+      if (before != layouts.rend()) layout.wave = before->wave + 1;
+    }
+    layout.counters = next_counter;
+    if (layout.items() > 0) next_counter += layout.tree.counters(layout.groups);
+    layouts.push_back(layout);
+  }
+  for_each_kind(layouts, [&](const std::vector<const BackwardLayout*>& alike) {
+    switch (alike[0]->problem.dtype) {
+      case DataType::float32:
+        return backward<float>(alike, launch);
+      case DataType::float64:
+        return backward<double>(alike, launch);
+      case DataType::float16:
+        return backward<__half>(alike, launch);
+      case DataType::bfloat16:
+        return backward<__nv_bfloat16>(alike, launch);
+    }
+  });
 }
 
 }  // namespace limpq::cuda

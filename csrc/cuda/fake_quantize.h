@@ -1,9 +1,16 @@
 // Fake quantization on CUDA: what the launchers in forward.cu and backward.cu offer. Neither torch
 // nor CUDA headers are needed to include this.
 //
-// Each call launches one kernel for each problem of its list on `stream` of the current device.
-// Nothing synchronises, nothing is allocated, and every call can be captured in a graph. A launch
-// that fails raises std::runtime_error with CUDA's message.
+// A list of problems is one kernel launch where it is homogeneous: of one data type, all per tensor
+// or with channels that are rows of memory (or all with channels that are columns and of one
+// alignment), as grouped calls and banks are. Otherwise it is one launch for each kind. A launch
+// holds 154 problems of 5 bit-widths each forward and 98 backward, in float64 125 and 86; a longer
+// list takes several. Of n problems that share a dscale each adds to the one
+// before it, which takes n launches; all other problems of the list are in the first.
+//
+// Launches are on `stream` of the current device. Nothing synchronises, nothing is allocated or
+// copied to the device (the problems are in the kernels' parameters), and every call can be
+// captured in a graph. A launch that fails raises std::runtime_error with CUDA's message.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +23,20 @@ namespace limpq::cuda {
 
 void fake_quantize_forward(const ForwardProblem* problems, int64_t count, CUstream_st* stream);
 
-void fake_quantize_backward(const BackwardProblem* problems, int64_t count, CUstream_st* stream);
+/// `counters`: backward_counter_bytes(problems, count) bytes, divisible by 4, all 0.
+void fake_quantize_backward(const BackwardProblem* problems, int64_t count, void* counters,
+                            CUstream_st* stream);
 
 /// Bytes of BackwardProblem::workspace, which is scratch: its contents before and after mean
 /// nothing. Of the problem's pointers only which gradients are null is looked at, here and below.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);
 
-/// Bytes of BackwardProblem::counters, which the problems of a list share: 0 where no sum spans
-/// blocks (then the pointer may be null).
+/// Bytes of the counters of a list, which are those of its problems one after the other: 0 where no
+/// sum spans blocks (then the pointer may be null).
 ///
 /// The block that arrives last finishes the sums; it knows that it is the last from a counter. The
 /// counters must be 0 when the kernel starts, and the last block sets them back to 0, so zero them
-/// once and use them for any number of calls, in any sizes, as long as the calls are ordered:
+/// once and use them for any number of calls, with any lists, as long as the calls are ordered:
 ///
 /// - Eager calls: one buffer per device and stream. Kernels of one stream do not overlap.
 /// - While a stream is captured: a buffer that belongs to this capture (and stream), zeroed by a

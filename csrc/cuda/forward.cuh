@@ -10,7 +10,11 @@
 // is one long row), one for those whose channels are columns.
 #pragma once
 
+#include <tuple>
+#include <type_traits>
+
 #include "quantizers.cuh"
+#include "table.cuh"
 
 namespace limpq::cuda {
 
@@ -23,33 +27,47 @@ constexpr int forward_columns_block = 128;
 template <typename T, bool lean>
 constexpr int forward_packs = sizeof(T) == 4 || lean ? 4 : 2;
 
+/// Blocks of forward_rows that a multiprocessor's registers are to hold.
+template <typename T, bool single, typename Capacity>
+constexpr int forward_rows_residents =
+    single && (std::is_same_v<Capacity, One> || sizeof(T) == 4) ? 4 : 3;
+
+template <typename T>
+struct ForwardWidth : Quantizer<ComputeType<T>> {
+  T* y;
+};
+
 template <typename T>
 struct ForwardRows {
-  Quantizers<ComputeType<T>> quantizers;
+  Scales<ComputeType<T>> scales;
   const T* x;
-  T* y[max_bit_widths];
   int64_t rows;
   int64_t inner;
   int64_t piece_packs;
   unsigned pieces;
   int team;
+  int count;
+  int candidates;
+  const int64_t* selected;
+  int first_width;
   bool aligned;
 };
 
 /// Bytes per element: sizeof(T) * (1 + count). `single`: count is 1, and there is no loop over k.
 ///
 /// Each team of threads takes one piece of one row, and each thread of it `forward_packs` packs.
-template <typename T, bool single>
-__global__ void __launch_bounds__(forward_rows_block, single ? 4 : 3)
-    forward_rows(const __grid_constant__ ForwardRows<T> p) {
+template <typename T, bool single, typename Capacity>
+__global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, single, Capacity>)
+    forward_rows(const __grid_constant__ Table<ForwardRows<T>, ForwardWidth<T>, Capacity> table) {
+  const auto [p, widths, block] = table.template pick<single>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
   constexpr int packs_per_thread = forward_packs<T, single>;
   const int teams = blockDim.x / p.team;
-  const unsigned piece = blockIdx.x % p.pieces;
-  const int64_t index = int64_t(blockIdx.x / p.pieces) * teams + threadIdx.x / p.team;
+  const unsigned piece = block % p.pieces;
+  const int64_t index = int64_t(block / p.pieces) * teams + threadIdx.x / p.team;
   if (index >= p.rows) return;
-  const int64_t channels = p.quantizers.channels;
+  const int64_t channels = p.scales.channels;
   const int64_t channel = channels == 1 ? 0 : index % channels;
   const Row<T> row(p.x, index * p.inner, p.inner, p.aligned);
 
@@ -61,12 +79,12 @@ __global__ void __launch_bounds__(forward_rows_block, single ? 4 : 3)
     if (first + u * p.team < packs) x[u] = row.span(first + u * p.team).load(p.x);
   }
 
-  const int count = single ? 1 : p.quantizers.count;
+  const int count = single ? 1 : p.count;
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
-    const Divisor<C> divisor = p.quantizers.divisor(k, channel);
-    const Range<C> range = p.quantizers.range(k);
-    T* const y = p.y[k];
+    const Divisor<C> divisor = widths[k].divisor(p.scales, channel);
+    const Range<C> range = widths[k].range();
+    T* const y = widths[k].y;
 #pragma unroll
     for (int u = 0; u < packs_per_thread; ++u) {
       if (first + u * p.team >= packs) break;
@@ -85,30 +103,34 @@ __global__ void __launch_bounds__(forward_rows_block, single ? 4 : 3)
 
 template <typename T>
 struct ForwardColumns {
-  Quantizers<ComputeType<T>> quantizers;
+  Scales<ComputeType<T>> scales;
   const T* x;
-  T* y[max_bit_widths];
   int64_t rows;
   int64_t chunk_rows;
   unsigned groups;
   int width;
+  int count;
+  int candidates;
+  const int64_t* selected;
+  int first_width;
 };
 
 /// Bytes per element: sizeof(T) * (1 + count), and the scales, which stay in the cache.
 ///
 /// Each thread owns V neighbouring channels, with their scales in registers, and `forward_packs`
 /// rows. V > 1 asks for channels % V == 0 and for pointers, scale too, divisible by 16.
-template <typename T, int V, bool single>
-__global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5)
-    forward_columns(const __grid_constant__ ForwardColumns<T> p) {
+template <typename T, int V, bool single, typename Capacity>
+__global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5) forward_columns(
+    const __grid_constant__ Table<ForwardColumns<T>, ForwardWidth<T>, Capacity> table) {
+  const auto [p, widths, block] = table.template pick<true>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int packs_per_thread = forward_packs<T, false>;
-  const int64_t channels = p.quantizers.channels;
+  const int64_t channels = p.scales.channels;
   const int height = blockDim.x / p.width;
-  const int64_t channel = (int64_t(blockIdx.x % p.groups) * p.width + threadIdx.x % p.width) * V;
+  const int64_t channel = (int64_t(block % p.groups) * p.width + threadIdx.x % p.width) * V;
   const int down = threadIdx.x / p.width;
   if (channel >= channels || down >= height) return;
-  const int64_t first = (blockIdx.x / p.groups) * p.chunk_rows + down;
+  const int64_t first = (block / p.groups) * p.chunk_rows + down;
 
   Pack<T, V> x[packs_per_thread];
 #pragma unroll
@@ -117,13 +139,13 @@ __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5)
     if (row < p.rows) x[u] = load_pack<V>(p.x + row * channels + channel);
   }
 
-  const int count = single ? 1 : p.quantizers.count;
+  const int count = single ? 1 : p.count;
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
     Divisor<C> divisors[V];
-    p.quantizers.divisors(k, channel, divisors);
-    const Range<C> range = p.quantizers.range(k);
-    T* const y = p.y[k];
+    widths[k].divisors(p.scales, channel, divisors);
+    const Range<C> range = widths[k].range();
+    T* const y = widths[k].y;
 #pragma unroll
     for (int u = 0; u < packs_per_thread; ++u) {
       const int64_t row = first + u * height;
@@ -141,68 +163,113 @@ __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5)
   }
 }
 
-/// Chooses the kernel. `launch(kernel, blocks, threads, bytes of shared memory, parameters)`.
-template <typename T, typename Launch>
-void forward(const ForwardProblem& problem, Launch&& launch) {
-  constexpr int V = vector_size<T>;
-  const int count = problem.count;
-  const Quantizers<ComputeType<T>> quantizers(problem);
-  const bool aligned = aligned_alike(problem.x, problem.y, count);
+/// Which kernel a problem needs.
+struct ForwardLayout {
+  ForwardProblem problem;  // collapsed
+  bool columns;
+  bool aligned;
+  int pack;  // elements of an access
 
-  const auto copy_pointers = [&](auto& parameters) {
-    parameters.quantizers = quantizers;
-    parameters.x = static_cast<const T*>(problem.x);
-    for (int k = 0; k < count; ++k) parameters.y[k] = static_cast<T*>(problem.y[k]);
-  };
-
-  if (by_columns(problem)) {
+  explicit ForwardLayout(const ForwardProblem& original)
+      : problem(collapse(original)),
+        columns(by_columns(problem)),
+        aligned(aligned_alike(problem.x, problem.y, problem.candidates)),
+        pack(16 / element_bytes(problem.dtype)) {
     const bool vectors = aligned && aligned_to_16(problem.x) && aligned_to_16(problem.scale) &&
-                         problem.channels % V == 0;
-    const ColumnsLayout layout(problem, vectors ? V : 1, forward_columns_block,
-                               forward_packs<T, false>, 1, 1);
-    ForwardColumns<T> parameters{};
-    copy_pointers(parameters);
-    parameters.rows = problem.outer;
-    parameters.chunk_rows = layout.chunk_rows;
-    parameters.groups = layout.groups;
-    parameters.width = layout.width;
-    const auto kernel = !vectors     ? forward_columns<T, 1, false>
-                        : count == 1 ? forward_columns<T, V, true>
-                                     : forward_columns<T, V, false>;
-    launch(kernel, layout.blocks(), forward_columns_block, 0, parameters);
-    return;
+                         problem.channels % pack == 0;
+    if (columns && !vectors) pack = 1;
   }
 
-  const int packs = count == 1 ? forward_packs<T, true> : forward_packs<T, false>;
-  const RowsLayout layout(problem, V, forward_rows_block, packs, packs);
-  ForwardRows<T> parameters{};
-  copy_pointers(parameters);
-  parameters.rows = problem.outer * problem.channels;
-  parameters.inner = problem.inner;
-  parameters.piece_packs = layout.piece_packs;
-  parameters.pieces = layout.pieces;
-  parameters.team = layout.team;
-  parameters.aligned = aligned;
-  const int64_t row_groups = ceil_div(parameters.rows, forward_rows_block / layout.team);
-  const int64_t blocks = checked_unsigned(row_groups * layout.pieces, "blocks");
-  launch(count == 1 ? forward_rows<T, true> : forward_rows<T, false>, blocks, forward_rows_block, 0,
-         parameters);
+  auto kind() const { return std::tuple(problem.dtype, columns, pack); }
+};
+
+template <typename T>
+void describe_forward_width(const ForwardLayout& layout, int k, ForwardWidth<T>& width) {
+  static_cast<Quantizer<ComputeType<T>>&>(width) = Quantizer<ComputeType<T>>(layout.problem, k);
+  width.y = static_cast<T*>(layout.problem.y[k]);
 }
 
-template <typename Launch>
-void dispatch_forward(const ForwardProblem& problem, Launch&& launch) {
-  if (problem.numel() == 0) return;
-  const ForwardProblem collapsed = collapse(problem);
-  switch (problem.dtype) {
-    case DataType::float32:
-      return forward<float>(collapsed, launch);
-    case DataType::float64:
-      return forward<double>(collapsed, launch);
-    case DataType::float16:
-      return forward<__half>(collapsed, launch);
-    case DataType::bfloat16:
-      return forward<__nv_bfloat16>(collapsed, launch);
+template <typename T, bool single, typename Capacity, typename Launch>
+void launch_forward_rows(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) {
+  constexpr int V = vector_size<T>;
+  constexpr int packs = forward_packs<T, single>;
+  const auto describe = [](const ForwardLayout& layout, ForwardRows<T>& entry) {
+    const ForwardProblem& problem = layout.problem;
+    const RowsLayout cut(problem, V, forward_rows_block, packs, packs);
+    entry.scales = Scales<ComputeType<T>>(problem);
+    entry.x = static_cast<const T*>(problem.x);
+    entry.rows = problem.outer * problem.channels;
+    entry.inner = problem.inner;
+    entry.piece_packs = cut.piece_packs;
+    entry.pieces = cut.pieces;
+    entry.team = cut.team;
+    entry.aligned = layout.aligned;
+    const int64_t row_groups = ceil_div(entry.rows, forward_rows_block / cut.team);
+    return Work{checked_unsigned(row_groups * cut.pieces, "blocks"), 0};
+  };
+  launch_tables(forward_rows<T, single, Capacity>, forward_rows_block, layouts, describe,
+                describe_forward_width<T>, launch);
+}
+
+template <typename T, int V, bool single, typename Capacity, typename Launch>
+void launch_forward_columns(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) {
+  const auto describe = [](const ForwardLayout& layout, ForwardColumns<T>& entry) {
+    const ForwardProblem& problem = layout.problem;
+    const ColumnsLayout cut(problem, V, forward_columns_block, forward_packs<T, false>, 1, 1);
+    entry.scales = Scales<ComputeType<T>>(problem);
+    entry.x = static_cast<const T*>(problem.x);
+    entry.rows = problem.outer;
+    entry.chunk_rows = cut.chunk_rows;
+    entry.groups = cut.groups;
+    entry.width = cut.width;
+    return Work{cut.blocks(), 0};
+  };
+  launch_tables(forward_columns<T, V, single, Capacity>, forward_columns_block, layouts, describe,
+                describe_forward_width<T>, launch);
+}
+
+/// Chooses the kernel for problems of one kind. Bits do not depend on the kernel, so not every
+/// variant has all capacities.
+template <typename T, typename Launch>
+void forward(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) {
+  constexpr int V = vector_size<T>;
+  const bool single = all_single(layouts);
+  const bool one = layouts.size() == 1;
+  if (layouts[0]->columns) {
+    if (layouts[0]->pack == 1) {
+      if (one) return launch_forward_columns<T, 1, false, One>(layouts, launch);
+      return launch_forward_columns<T, 1, false, Many>(layouts, launch);
+    }
+    if (!one) return launch_forward_columns<T, V, false, Many>(layouts, launch);
+    if (single) return launch_forward_columns<T, V, true, One>(layouts, launch);
+    return launch_forward_columns<T, V, false, One>(layouts, launch);
   }
+  if (one && single) return launch_forward_rows<T, true, One>(layouts, launch);
+  if (one) return launch_forward_rows<T, false, One>(layouts, launch);
+  if (fit_few(layouts)) return launch_forward_rows<T, true, Few>(layouts, launch);
+  return launch_forward_rows<T, false, Many>(layouts, launch);
+}
+
+/// As few launches as possible: `launch(kernel, blocks, threads, bytes of shared memory, table)`.
+template <typename Launch>
+void dispatch_forward(const ForwardProblem* problems, int64_t count, Launch&& launch) {
+  std::vector<ForwardLayout> layouts;
+  layouts.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (problems[i].numel() > 0) layouts.emplace_back(problems[i]);
+  }
+  for_each_kind(layouts, [&](const std::vector<const ForwardLayout*>& alike) {
+    switch (alike[0]->problem.dtype) {
+      case DataType::float32:
+        return forward<float>(alike, launch);
+      case DataType::float64:
+        return forward<double>(alike, launch);
+      case DataType::float16:
+        return forward<__half>(alike, launch);
+      case DataType::bfloat16:
+        return forward<__nv_bfloat16>(alike, launch);
+    }
+  });
 }
 
 }  // namespace limpq::cuda

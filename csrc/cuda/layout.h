@@ -40,6 +40,19 @@ inline unsigned checked_unsigned(int64_t value, const char* what) {
   return static_cast<unsigned>(value);
 }
 
+inline int element_bytes(DataType dtype) {
+  switch (dtype) {
+    case DataType::float32:
+      return 4;
+    case DataType::float64:
+      return 8;
+    case DataType::float16:
+    case DataType::bfloat16:
+      return 2;
+  }
+  return 0;
+}
+
 /// Contiguous memory with one scale is one row.
 template <typename AnyProblem>
 AnyProblem collapse(AnyProblem problem) {
@@ -67,6 +80,8 @@ struct RowsLayout {
 
   int64_t blocks() const { return int64_t(groups) * pieces * chunks; }
 
+  RowsLayout() = default;
+
   /// `packs_per_thread`: how many packs a thread takes, at least and at most.
   RowsLayout(const Problem& problem, int pack, int block, int64_t fewest, int64_t most) {
     const int64_t row_packs = ceil_div(problem.inner, pack) + 1;  // one more where it is misaligned
@@ -92,6 +107,8 @@ struct ColumnsLayout {
   unsigned chunks;
 
   int64_t blocks() const { return int64_t(groups) * chunks; }
+
+  ColumnsLayout() = default;
 
   /// A thread takes from `fewest` to `most` steps of `step_rows` rows each.
   ColumnsLayout(const Problem& problem, int pack, int block, int step_rows, int64_t fewest,

@@ -1,4 +1,4 @@
-// The bit-widths of a call, as its kernels see them.
+// The scales and bit-widths of a problem, as its kernel sees them.
 #pragma once
 
 #include "access.cuh"
@@ -6,53 +6,54 @@
 
 namespace limpq::cuda {
 
-/// In the kernel's parameters, hence in constant memory, where an index known only at run time
-/// costs nothing.
+/// What the bit-widths of a problem share.
 template <typename C>
-struct Quantizers {
+struct Scales {
   const C* scale;  // [scale_rows, channels]
   int64_t channels;
   C scale_min;
   C scale_max;
-  int count;
-  C quant_min[max_bit_widths];
-  C quant_max[max_bit_widths];
-  int64_t scale_row[max_bit_widths];
 
-  Quantizers() = default;
-  explicit Quantizers(const Problem& problem)
+  Scales() = default;
+  explicit Scales(const Problem& problem)
       : scale(static_cast<const C*>(problem.scale)),
         channels(problem.channels),
         scale_min(static_cast<C>(problem.scale_min)),
-        scale_max(static_cast<C>(problem.scale_max)),
-        count(0) {
-    for (int k = 0; k < problem.count; ++k) add(problem, k);
-  }
+        scale_max(static_cast<C>(problem.scale_max)) {}
+};
 
-  void add(const Problem& problem, int k) {
-    quant_min[count] = static_cast<C>(problem.quant_min[k]);
-    quant_max[count] = static_cast<C>(problem.quant_max[k]);
-    scale_row[count] = problem.scale_row[k];
-    ++count;
-  }
+/// One bit-width.
+template <typename C>
+struct Quantizer {
+  C quant_min;
+  C quant_max;
+  int32_t scale_row;
 
-  __device__ __forceinline__ Range<C> range(int k) const { return {quant_min[k], quant_max[k]}; }
+  Quantizer() = default;
+  Quantizer(const Problem& problem, int k)
+      : quant_min(static_cast<C>(problem.quant_min[k])),
+        quant_max(static_cast<C>(problem.quant_max[k])),
+        scale_row(static_cast<int32_t>(checked_unsigned(problem.scale_row[k], "scale rows"))) {}
 
-  __device__ __forceinline__ Divisor<C> divisor(int k, int64_t channel) const {
-    return Divisor<C>(guard_scale(scale[scale_row[k] * channels + channel], scale_min, scale_max));
+  __device__ __forceinline__ Range<C> range() const { return {quant_min, quant_max}; }
+
+  __device__ __forceinline__ Divisor<C> divisor(const Scales<C>& all, int64_t channel) const {
+    const C scale = all.scale[scale_row * all.channels + channel];
+    return Divisor<C>(guard_scale(scale, all.scale_min, all.scale_max));
   }
 
   /// The scales of `size` neighbouring channels.
   template <int size>
-  __device__ __forceinline__ void divisors(int k, int64_t channel, Divisor<C> (&all)[size]) const {
+  __device__ __forceinline__ void divisors(const Scales<C>& all, int64_t channel,
+                                           Divisor<C> (&divisors)[size]) const {
     constexpr int step = size < vector_size<C> ? 1 : vector_size<C>;
-    const C* from = scale + scale_row[k] * channels + channel;
+    const C* from = all.scale + scale_row * all.channels + channel;
 #pragma unroll
     for (int j = 0; j < size; j += step) {
       const Pack<C, step> scales = load_pack<step>(from + j);
 #pragma unroll
       for (int i = 0; i < step; ++i) {
-        all[j + i] = Divisor<C>(guard_scale(scales.element[i], scale_min, scale_max));
+        divisors[j + i] = Divisor<C>(guard_scale(scales.element[i], all.scale_min, all.scale_max));
       }
     }
   }

@@ -1,7 +1,7 @@
 // The CUDA kernels, run on the CPU, against lsq.h applied element by element.
 //
-// Built twice: as the kernels are, and with LIMPQ_ENOUGH_BLOCKS small, which gives each thread more
-// steps to take.
+// Built twice: as the kernels are but for the longest table, and with LIMPQ_ENOUGH_BLOCKS small,
+// which gives each thread more steps to take.
 #include "cuda_on_host.h"
 // clang-format off: the stand-in comes first
 #include "../../csrc/cuda/backward.cuh"
@@ -15,6 +15,8 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
+#include <vector>
 
 namespace limpq::cuda {
 namespace {
@@ -127,70 +129,73 @@ class Trial {
         random_(size_ + 17 * c.count),
         x_(size_, c.x_offset),
         scale_(scale_rows_ * c.channels) {
-    SCOPED_TRACE(c.text());
     fill_in(problem_);
     fill_scales();
     fill_x();
+    fill_gradients();
   }
 
-  void check_forward() {
-    SCOPED_TRACE(case_.text());
-    std::vector<Buffer<T>> y;
+  /// What one call writes.
+  struct Forward {
     ForwardProblem problem{};
+    std::vector<Buffer<T>> y;
+  };
+  struct Backward {
+    BackwardProblem problem{};
+    Buffer<T> dx;
+    Buffer<C> dscale;
+    Buffer<double> workspace;
+  };
+
+  Forward forward() {
+    Forward call;
+    static_cast<Problem&>(call.problem) = problem_;
+    for (int k = 0; k < case_.count; ++k) {
+      call.y.emplace_back(size_, k == 0 ? case_.y_offset : case_.x_offset);
+      call.problem.y[k] = call.y[k].data();
+    }
+    return call;
+  }
+
+  /// `dscale` where it is not of this problem alone.
+  Backward backward(C* shared_dscale = nullptr, bool adds_to_dscale = false) {
+    BackwardProblem problem{};
     static_cast<Problem&>(problem) = problem_;
     for (int k = 0; k < case_.count; ++k) {
-      y.emplace_back(size_, k == 0 ? case_.y_offset : case_.x_offset);
-      problem.y[k] = y[k].data();
+      problem.grad[k] = case_.absent >> k & 1 ? nullptr : grad_[k].data();
+      problem.grad_factor[k] = grad_factor(k);
     }
-    dispatch_forward(problem, cuda_on_host::launcher());
+    Backward call{problem, Buffer<T>(size_, case_.y_offset), Buffer<C>(scale_.size()),
+                  Buffer<double>(BackwardLayout::workspace_bytes(problem) / 8)};
+    call.problem.dx = call.dx.data();
+    call.problem.dscale = shared_dscale ? shared_dscale : call.dscale.data();
+    call.problem.adds_to_dscale = adds_to_dscale;
+    call.problem.workspace = call.workspace.data();
+    return call;
+  }
+
+  void compare(Forward& call) {
+    SCOPED_TRACE(case_.text());
     for (int k = 0; k < case_.count; ++k) {
-      EXPECT_TRUE(y[k].front_is_untouched());
+      EXPECT_TRUE(call.y[k].front_is_untouched());
       for (int64_t i = 0; i < size_; ++i) {
         T expected;
         narrow(fake_quantize(widen(x_[i]), guarded(k, i), range(k)), expected);
-        ASSERT_TRUE(same(y[k][i], expected)) << "element " << i << ", bit-width " << k << ", x "
-                                             << widen(x_[i]) << ", scale " << guarded(k, i);
+        ASSERT_TRUE(same(call.y[k][i], expected))
+            << "element " << i << ", bit-width " << k << ", x " << widen(x_[i]) << ", scale "
+            << guarded(k, i);
       }
     }
   }
 
-  void check_backward() {
+  void compare(Backward& call) {
     SCOPED_TRACE(case_.text());
-    BackwardProblem problem{};
-    static_cast<Problem&>(problem) = problem_;
-    std::vector<Buffer<T>> grad;
-    std::normal_distribution<double> normal;
-    for (int k = 0; k < case_.count; ++k) {
-      grad.emplace_back(size_, case_.x_offset);
-      for (int64_t i = 0; i < size_; ++i) grad[k][i] = from_double<T>(normal(random_));
-      if (size_ > 1) grad[k][size_ - 1] = from_double<T>(-0.0);
-      problem.grad[k] = case_.absent >> k & 1 ? nullptr : grad[k].data();
-      problem.grad_factor[k] = 0.5 + k;
-    }
-    Buffer<double> workspace(BackwardLayout::workspace_bytes(problem) / 8);
-    Buffer<unsigned> counters(BackwardLayout::counter_bytes(problem) / 4);
-    for (int64_t i = 0; i < counters.size(); ++i) counters[i] = 0;
-    problem.workspace = workspace.data();
-    problem.counters = counters.data();
-
-    Buffer<T> dx(size_, case_.y_offset);
-    Buffer<C> dscale(scale_.size());
-    problem.dx = dx.data();
-    problem.dscale = dscale.data();
-    dispatch_backward(problem, cuda_on_host::launcher(BlockOrder::ascending));
-    EXPECT_TRUE(dx.front_is_untouched());
-    for (int64_t i = 0; i < counters.size(); ++i) ASSERT_EQ(counters[i], 0u);
-    compare_backward(problem, grad, dx, dscale);
-
-    // Once more with the blocks in another order, and the counters and the workspace as they are.
-    Buffer<T> dx_again(size_, case_.y_offset);
-    Buffer<C> dscale_again(scale_.size());
-    problem.dx = dx_again.data();
-    problem.dscale = dscale_again.data();
-    dispatch_backward(problem, cuda_on_host::launcher(BlockOrder::descending));
-    EXPECT_TRUE(dx.same_bits(dx_again));
-    EXPECT_TRUE(dscale.same_bits(dscale_again));
+    EXPECT_TRUE(call.dx.front_is_untouched());
+    compare_dx(call.dx);
+    compare_dscale(call.dscale);
   }
+
+  int64_t scale_size() const { return scale_.size(); }
 
  private:
   void fill_in(Problem& problem) {
@@ -199,7 +204,7 @@ class Trial {
     problem.outer = case_.outer;
     problem.channels = case_.channels;
     problem.inner = case_.inner;
-    problem.count = case_.count;
+    problem.count = problem.candidates = case_.count;
     problem.x = x_.data();
     problem.scale = scale_.data();
     problem.scale_rows = scale_rows_;
@@ -263,6 +268,15 @@ class Trial {
     }
   }
 
+  void fill_gradients() {
+    std::normal_distribution<double> normal;
+    for (int k = 0; k < case_.count; ++k) {
+      grad_.emplace_back(size_, case_.x_offset);
+      for (int64_t i = 0; i < size_; ++i) grad_[k][i] = from_double<T>(normal(random_));
+      if (size_ > 1) grad_[k][size_ - 1] = from_double<T>(-0.0);
+    }
+  }
+
   int64_t channel(int64_t i) const { return i / case_.inner % case_.channels; }
   C scale(int k, int64_t channel) {
     return scale_[problem_.scale_row[k] * case_.channels + channel];
@@ -272,48 +286,53 @@ class Trial {
   }
   Range<C> range(int k) const { return {C(problem_.quant_min[k]), C(problem_.quant_max[k])}; }
 
-  void compare_backward(const BackwardProblem& problem, std::vector<Buffer<T>>& grad, Buffer<T>& dx,
-                        Buffer<C>& dscale) {
-    std::vector<double> sums(scale_.size());
-    std::vector<double> sizes(scale_.size());
+  double grad_factor(int k) const { return 0.5 + k; }
+  bool absent(int k) const { return case_.absent >> k & 1; }
+
+  Gradients<C> terms(int k, int64_t i) {
+    return fake_quantize_backward(widen(grad_[k][i]), widen(x_[i]), guarded(k, i), range(k));
+  }
+
+  void compare_dx(Buffer<T>& dx) {
     for (int64_t i = 0; i < size_; ++i) {
       C total = 0;
       bool first = true;
       for (int k = 0; k < case_.count; ++k) {
-        if (problem.grad[k] == nullptr) continue;
-        const Gradients<C> terms =
-            fake_quantize_backward(widen(grad[k][i]), widen(x_[i]), guarded(k, i), range(k));
-        total = first ? terms.dx : total + terms.dx;
+        if (absent(k)) continue;
+        total = first ? terms(k, i).dx : total + terms(k, i).dx;
         first = false;
-        const int64_t at = problem_.scale_row[k] * case_.channels + channel(i);
-        sums[at] += terms.dscale;
-        sizes[at] += std::abs(double(terms.dscale));
       }
       T expected;
       narrow(total, expected);
       ASSERT_TRUE(same(dx[i], expected)) << "element " << i << ", x " << widen(x_[i]);
     }
+  }
 
-    for (int64_t row = 0; row < scale_rows_; ++row) {
-      int user = -1;
-      for (int k = 0; k < case_.count; ++k) {
-        if (problem_.scale_row[k] == row && problem.grad[k] != nullptr) user = k;
+  void compare_dscale(Buffer<C>& dscale) {
+    std::vector<double> sums(scale_.size());
+    std::vector<double> sizes(scale_.size());
+    std::vector<int> user(scale_rows_, -1);
+    for (int k = 0; k < case_.count; ++k) {
+      if (absent(k)) continue;
+      user[problem_.scale_row[k]] = k;
+      for (int64_t i = 0; i < size_; ++i) {
+        const int64_t at = problem_.scale_row[k] * case_.channels + channel(i);
+        sums[at] += terms(k, i).dscale;
+        sizes[at] += std::abs(double(terms(k, i).dscale));
       }
-      for (int64_t c = 0; c < case_.channels; ++c) {
-        const int64_t at = row * case_.channels + c;
-        const C actual = dscale[at];
-        if (user < 0 || !scale_is_free(scale_[at], C(problem_.scale_min), C(problem_.scale_max))) {
-          ASSERT_EQ(actual, C(0)) << "scale row " << row << ", channel " << c;
-          continue;
-        }
-        const double expected = sums[at] * problem.grad_factor[user];
-        if (std::isnan(expected)) {
-          ASSERT_TRUE(std::isnan(actual)) << "scale row " << row << ", channel " << c;
-        } else {
-          const double tolerance = 1e-5 * sizes[at] * problem.grad_factor[user] + 1e-40;
-          ASSERT_NEAR(double(actual), expected, tolerance)
-              << "scale row " << row << ", channel " << c;
-        }
+    }
+    for (int64_t at = 0; at < dscale.size(); ++at) {
+      const int k = user[at / case_.channels];
+      SCOPED_TRACE("scale " + std::to_string(at));
+      if (k < 0 || !scale_is_free(scale_[at], C(problem_.scale_min), C(problem_.scale_max))) {
+        ASSERT_EQ(dscale[at], C(0));
+        continue;
+      }
+      const double expected = sums[at] * grad_factor(k);
+      if (std::isnan(expected)) {
+        ASSERT_TRUE(std::isnan(dscale[at]));
+      } else {
+        ASSERT_NEAR(double(dscale[at]), expected, 1e-5 * sizes[at] * grad_factor(k) + 1e-40);
       }
     }
   }
@@ -324,16 +343,152 @@ class Trial {
   std::mt19937 random_;
   Buffer<T> x_;
   Buffer<C> scale_;
+  std::vector<Buffer<T>> grad_;
   Problem problem_;
 };
+
+/// Counts launches and runs the blocks in one order or the other.
+struct CountingLauncher {
+  BlockOrder order = BlockOrder::ascending;
+  int launches = 0;
+
+  template <typename Kernel, typename Parameters>
+  void operator()(Kernel kernel, int64_t blocks, int threads, int shared_bytes,
+                  const Parameters& parameters) {
+    ++launches;
+    cuda_on_host::launcher(order)(kernel, blocks, threads, shared_bytes, parameters);
+  }
+};
+
+int run(const std::vector<ForwardProblem>& problems, BlockOrder order = BlockOrder::ascending) {
+  CountingLauncher launcher{order};
+  dispatch_forward(problems.data(), problems.size(), launcher);
+  return launcher.launches;
+}
+
+/// Counters for backward calls, zero and zero again after each.
+class Counters {
+ public:
+  explicit Counters(const std::vector<BackwardProblem>& problems) : counters_(size(problems)) {
+    for (int64_t i = 0; i < counters_.size(); ++i) counters_[i] = 0;
+  }
+  int run(const std::vector<BackwardProblem>& problems, BlockOrder order = BlockOrder::ascending) {
+    CountingLauncher launcher{order};
+    dispatch_backward(problems.data(), problems.size(), counters_.data(), launcher);
+    for (int64_t i = 0; i < counters_.size(); ++i) EXPECT_EQ(counters_[i], 0u);
+    return launcher.launches;
+  }
+
+ private:
+  static int64_t size(const std::vector<BackwardProblem>& problems) {
+    int64_t bytes = 0;
+    for (const BackwardProblem& problem : problems) bytes += BackwardLayout::counter_bytes(problem);
+    return bytes / 4;
+  }
+  Buffer<unsigned> counters_;
+};
+
+template <typename Calls>
+auto problems_of(Calls& calls) {
+  std::vector<decltype(calls[0].problem)> problems;
+  for (auto& call : calls) problems.push_back(call.problem);
+  return problems;
+}
 
 template <typename T>
 class Kernels : public ::testing::Test {
  protected:
   static void check(const Case& c) {
     Trial<T> trial(c);
-    trial.check_forward();
-    trial.check_backward();
+    auto forward = trial.forward();
+    run({forward.problem});
+    trial.compare(forward);
+
+    auto backward = trial.backward();
+    Counters counters({backward.problem});
+    counters.run({backward.problem});
+    trial.compare(backward);
+    // Once more with the blocks in another order, and the counters as they are.
+    auto again = trial.backward();
+    counters.run({again.problem}, BlockOrder::descending);
+    EXPECT_TRUE(backward.dx.same_bits(again.dx));
+    EXPECT_TRUE(backward.dscale.same_bits(again.dscale));
+  }
+
+  /// A tensor selects each bit-width in turn: the results are those of that bit-width alone.
+  static void check_selected(Case c) {
+    for (int64_t place = 0; place < c.count; ++place) {
+      c.absent = ((1u << c.count) - 1) & ~(1u << place);
+      Trial<T> trial(c);
+      auto plain = trial.forward();
+      run({plain.problem});
+      auto chosen = trial.forward();
+      select(chosen.problem, place, chosen.problem.y);
+      run({chosen.problem});
+      EXPECT_TRUE(chosen.y[place].same_bits(plain.y[place]));
+
+      auto backward = trial.backward();
+      select(backward.problem, place, backward.problem.grad);
+      Counters counters({backward.problem});
+      counters.run({backward.problem});
+      trial.compare(backward);
+    }
+  }
+
+  template <typename P, typename Pointer>
+  static void select(P& problem, const int64_t& place, Pointer* pointers) {
+    for (int k = 0; k < problem.candidates; ++k) pointers[k] = pointers[place];
+    problem.selected = &place;
+    problem.count = 1;
+  }
+
+  static std::vector<Trial<T>> trials_of(const std::vector<Case>& cases) {
+    std::vector<Trial<T>> trials;
+    for (const Case& c : cases) trials.emplace_back(c);
+    return trials;
+  }
+
+  struct Launches {
+    int forward = 1;
+    int backward = 1;
+  };
+
+  /// A list as one call: against lsq.h, against calls with one problem each, and again with the
+  /// blocks in another order.
+  static void check_list(const std::vector<Case>& cases, Launches expected = {}) {
+    std::vector<Trial<T>> trials = trials_of(cases);
+    std::vector<typename Trial<T>::Forward> y;
+    std::vector<typename Trial<T>::Backward> once, again, alone;
+    for (Trial<T>& trial : trials) {
+      y.push_back(trial.forward());
+      once.push_back(trial.backward());
+      again.push_back(trial.backward());
+      alone.push_back(trial.backward());
+    }
+    EXPECT_EQ(run(problems_of(y)), expected.forward);
+    Counters counters(problems_of(once));
+    EXPECT_EQ(counters.run(problems_of(once)), expected.backward);
+    counters.run(problems_of(again), BlockOrder::descending);
+    for (size_t i = 0; i < trials.size(); ++i) {
+      SCOPED_TRACE("problem " + std::to_string(i) + ": " + cases[i].text());
+      counters.run({alone[i].problem});
+      trials[i].compare(y[i]);
+      trials[i].compare(once[i]);
+      EXPECT_TRUE(once[i].dx.same_bits(alone[i].dx));
+      EXPECT_TRUE(once[i].dscale.same_bits(alone[i].dscale));
+      EXPECT_TRUE(once[i].dx.same_bits(again[i].dx));
+      EXPECT_TRUE(once[i].dscale.same_bits(again[i].dscale));
+    }
+  }
+
+  /// Parts of one tensor: each begins where the one before it ends.
+  static std::vector<Case> parts(int number, Case part) {
+    std::vector<Case> cases(number, part);
+    const int64_t size = part.outer * part.channels * part.inner;
+    for (int i = 0; i < number; ++i) {
+      cases[i].x_offset = cases[i].y_offset = int(i * size % vector_size<T>);
+    }
+    return cases;
   }
 };
 
@@ -399,6 +554,18 @@ TYPED_TEST(Kernels, ColumnsWithSumsOverManyBlocks) {
   this->check({.outer = 70 * 2 * column_rows<TypeParam>, .channels = channels});
 }
 
+TYPED_TEST(Kernels, OneBitWidthThatATensorSelects) {
+  const int64_t vectors = 4 * vector_size<TypeParam>;
+  for (const Case& c :
+       {Case{.inner = 1023, .count = 5},
+        Case{.inner = 70 * backward_rows_block * vector_size<TypeParam>, .count = 2},
+        Case{.outer = 3, .channels = 8, .inner = 31, .count = 3},
+        Case{.outer = 31, .channels = vectors, .count = 3},
+        Case{.outer = 31, .channels = vectors + 1, .count = 3}, Case{.inner = 0, .count = 3}}) {
+    this->check_selected(c);
+  }
+}
+
 TYPED_TEST(Kernels, AllBitWidths) {
   this->check({.inner = 1023, .count = 15});
   this->check({.outer = 31, .channels = 32, .count = 15});
@@ -435,6 +602,151 @@ TYPED_TEST(Kernels, ScalesAtAndBeyondTheGuard) {
   // One scale each, and with 12 bit-widths all values of the list.
   this->check({.inner = 255, .values = Values::special, .odd_scales = true});
   this->check({.inner = 255, .count = 12, .values = Values::special, .odd_scales = true});
+}
+
+TYPED_TEST(Kernels, PartsOfOneTensor) {
+  for (const int64_t size : {0, 1, 3, 31, 255, 1023, 4099}) {
+    const int launches = size == 0 ? 0 : 1;
+    this->check_list(this->parts(3, {.inner = size}), {.forward = launches});
+  }
+  this->check_list(this->parts(1, {.inner = 1023}));
+}
+
+TYPED_TEST(Kernels, ManyPartsOfOneTensor) {
+  const int launches = most_few < 6 ? 2 : 1;
+  for (const int64_t size : {1, 3, 31, 255, 1023}) {
+    this->check_list(this->parts(6, {.inner = size}), {launches, launches});
+  }
+}
+
+TYPED_TEST(Kernels, PartsWithChannels) {
+  this->check_list(this->parts(3, {.outer = 2, .channels = 3, .inner = 31}));
+  this->check_list(this->parts(3, {.outer = 31, .channels = 24}));
+  this->check_list(this->parts(3, {.outer = 31, .channels = 8 * vector_size<TypeParam>}));
+}
+
+TYPED_TEST(Kernels, Banks) {
+  // Per tensor and per channel, several bit-widths and one, absent gradients.
+  this->check_list({{.inner = 1023, .count = 5, .absent = 0b01010},
+                    {.channels = 9, .inner = 31, .count = 5},
+                    {.channels = 3, .inner = 255, .count = 2, .absent = 0b01},
+                    {.inner = 4099, .x_offset = 1}});
+  // With an empty problem, one without any gradient and one with special values.
+  this->check_list({{.inner = 255, .count = 2},
+                    {.channels = 3, .inner = 0, .count = 2},
+                    {.channels = 5, .inner = 31, .count = 2, .absent = 0b11},
+                    {.inner = 255, .count = 5, .values = Values::special, .odd_scales = true}});
+}
+
+TYPED_TEST(Kernels, BanksOfColumns) {
+  const int64_t vectors = 2 * vector_size<TypeParam>;
+  this->check_list({{.outer = 31, .channels = vectors, .count = 2},
+                    {.outer = 5, .channels = 3 * vectors},
+                    {.outer = 3, .channels = vectors, .count = 5, .absent = 0b00110}});
+  this->check_list({{.outer = 31, .channels = vectors + 1, .count = 2},
+                    {.outer = 5, .channels = 3, .count = 5, .absent = 0b10001}});
+}
+
+TYPED_TEST(Kernels, ListsOfSeveralKinds) {
+  const int64_t vectors = 2 * vector_size<TypeParam>;
+  this->check_list({{.inner = 255, .count = 2},
+                    {.outer = 31, .channels = vectors},
+                    {.inner = 31, .count = 5},
+                    {.outer = 31, .channels = vectors + 1},
+                    {.inner = 1023},
+                    {.outer = 3, .channels = vectors, .count = 2}},
+                   {3, 3});
+}
+
+TYPED_TEST(Kernels, ListsLongerThanATable) {
+  std::vector<Case> cases;
+  for (int i = 0; i < LIMPQ_LONGEST_TABLE + 2; ++i)
+    cases.push_back({.inner = 3 + i % 7, .count = 2});
+  this->check_list(cases, {2, 2});
+  // Here the bit-widths are too many, not the problems.
+  const int full = usual_bit_widths * LIMPQ_LONGEST_TABLE / max_bit_widths;
+  this->check_list(std::vector<Case>(full + 1, {.inner = 31, .count = 15}), {2, 2});
+}
+
+TYPED_TEST(Kernels, AnEmptyList) {
+  this->check_list({}, {0, 0});
+}
+
+TYPED_TEST(Kernels, ProblemsThatShareADscaleAddToItInOrder) {
+  using C = ComputeType<TypeParam>;
+  // One after the other the numbers tell which dscale: 0 alone, 1 three times, 2 twice.
+  const int dscale_of[] = {1, 0, 1, 2, 1, 2};
+  const int64_t sizes[] = {4099, 31, 1023, 255, 3, 1023};
+  std::vector<Case> cases;
+  for (const int64_t size : sizes) cases.push_back({.inner = size});
+  std::vector<Trial<TypeParam>> trials = this->trials_of(cases);
+
+  const auto call = [&](auto&& run_list) {
+    std::vector<Buffer<C>> dscales;
+    for (int i = 0; i < 3; ++i) dscales.emplace_back(trials[0].scale_size());
+    std::vector<typename Trial<TypeParam>::Backward> calls;
+    bool used[3] = {};
+    for (int i = 0; i < 6; ++i) {
+      const int to = dscale_of[i];
+      calls.push_back(trials[i].backward(dscales[to].data(), used[to]));
+      used[to] = true;
+    }
+    run_list(problems_of(calls));
+    return dscales;
+  };
+
+  int launches = 0;
+  const auto in_one_call = [&](BlockOrder order) {
+    return call([&](const std::vector<BackwardProblem>& problems) {
+      launches = Counters(problems).run(problems, order);
+    });
+  };
+  auto ascending = in_one_call(BlockOrder::ascending);
+  auto descending = in_one_call(BlockOrder::descending);
+  EXPECT_EQ(launches, 3);
+  auto one_by_one = call([&](const std::vector<BackwardProblem>& problems) {
+    for (const BackwardProblem& problem : problems) Counters({problem}).run({problem});
+  });
+
+  std::vector<typename Trial<TypeParam>::Backward> alone;
+  for (Trial<TypeParam>& trial : trials) {
+    alone.push_back(trial.backward());
+    Counters({alone.back().problem}).run({alone.back().problem});
+  }
+  for (int to = 0; to < 3; ++to) {
+    EXPECT_TRUE(ascending[to].same_bits(one_by_one[to]));
+    EXPECT_TRUE(ascending[to].same_bits(descending[to]));
+    for (int64_t at = 0; at < ascending[to].size(); ++at) {
+      C expected = 0;
+      for (int i = 0; i < 6; ++i) {
+        if (dscale_of[i] == to) expected += alone[i].dscale[at];
+      }
+      EXPECT_EQ(ascending[to][at], expected);
+    }
+  }
+}
+
+TEST(Lists, ProblemsOfSeveralDataTypesAreALaunchForEach) {
+  Trial<float> first({.inner = 255, .count = 2}), last({.inner = 31});
+  Trial<__half> half({.inner = 1023}), other_half({.inner = 31});
+  Trial<double> wide({.channels = 3, .inner = 31});
+  auto y = std::tuple(first.forward(), half.forward(), wide.forward(), other_half.forward(),
+                      last.forward());
+  auto dx = std::tuple(first.backward(), half.backward(), wide.backward(), other_half.backward(),
+                       last.backward());
+  const auto in_one_list = [](auto&... calls) { return std::vector{calls.problem...}; };
+  EXPECT_EQ(run(std::apply(in_one_list, y)), 3);
+  const std::vector<BackwardProblem> problems = std::apply(in_one_list, dx);
+  EXPECT_EQ(Counters(problems).run(problems), 3);
+  const auto compare = [&](auto& calls) {
+    first.compare(std::get<0>(calls));
+    half.compare(std::get<1>(calls));
+    wide.compare(std::get<2>(calls));
+    other_half.compare(std::get<3>(calls));
+    last.compare(std::get<4>(calls));
+  };
+  compare(y);
+  compare(dx);
 }
 
 /// Every element belongs to one thread and step, whatever the shape: counted without running.

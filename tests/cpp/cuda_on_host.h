@@ -80,6 +80,7 @@ inline thread_local cuda_on_host::Index threadIdx;
 inline thread_local cuda_on_host::Index blockIdx;
 inline thread_local cuda_on_host::Index blockDim;
 
+using std::max;
 using std::min;
 
 inline void __syncthreads() {

@@ -1,0 +1,25 @@
+"""Devices: tests that need CUDA are collected everywhere and skipped, with the reason."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def skip_without_cuda(request):
+    """Skips tests marked `cuda` where they cannot run."""
+    if request.node.get_closest_marker("cuda") is None:
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    from limpq_ext import _C
+
+    if not _C.cuda_version:
+        pytest.skip("this build of limpq_ext has no CUDA kernels")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each device in turn; tensors and modules that the test makes are on it."""
+    same_every_time = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.device(request.param), torch.backends.cudnn.flags(**same_every_time):
+        yield request.param
