@@ -64,18 +64,24 @@ def kill_at_call(owner, name, number, *, after):
     setattr(owner, name, counted)
 
 
-def arm(chance):
-    """Choose a moment, and give the reporter that may bring it about."""
+def most_steps(kills):
+    """A run has 60 steps and a checkpoint after every third."""
+    return max(6, 100 // kills)
+
+
+def arm(chance, kills):
+    """Choose a moment, the earlier the more there are, and give the reporter that brings it."""
+    calls = max(4, 40 // kills)
     kind = chance.choice(("step", "write", "rename", "time"))
     if kind == "step":
-        return Quiet(chance.randint(1, 40))
+        return Quiet(chance.randint(1, most_steps(kills)))
     if kind == "write":  # the temporary file is complete, and stays behind
-        kill_at_call(os, "fsync", chance.randint(1, 12), after=False)
+        kill_at_call(os, "fsync", chance.randint(1, calls), after=False)
     elif kind == "rename":
-        kill_at_call(Path, "replace", chance.randint(1, 12), after=chance.random() < 0.5)
+        kill_at_call(Path, "replace", chance.randint(1, calls), after=chance.random() < 0.5)
     else:
         signal.signal(signal.SIGALRM, lambda *_: kill())
-        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.05, 3))
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.05, 12 / kills))
     return Quiet()
 
 
@@ -91,7 +97,7 @@ def main():
         attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         chance = random.Random(f"{options.seed} {attempt}")
         victim = chance.randrange(int(os.environ["WORLD_SIZE"]))
-        steps = chance.randint(1, 40)
+        steps = chance.randint(1, most_steps(options.kills))
         mine = victim == int(os.environ["RANK"]) and attempt < options.kills
         with process_group("cpu"):
             pipeline.run(recipe, options.out, reporter=Quiet(steps if mine else None))
@@ -102,7 +108,7 @@ def main():
         if child == 0:
             reporter = Quiet()
             if attempt < options.kills:
-                reporter = arm(random.Random(f"{options.seed} {attempt}"))
+                reporter = arm(random.Random(f"{options.seed} {attempt}"), options.kills)
             pipeline.run(recipe, options.out, reporter=reporter)
             sys.stdout.flush()
             os._exit(0)

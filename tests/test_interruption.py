@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(recipe, alone, tmp_path, 
     out = tmp_path / "out"
     said = finish(start(TESTS / "killed_run.py", recipe, out, "--kills", kills, "--seed", seed))
     # A moment that lies behind the end of the run kills nothing.
-    assert said.count("killed\n") > kills / 3
+    assert said.count("killed\n") >= kills * 3 // 4
     assert_same(out, alone)
 
 
@@ -113,7 +113,7 @@ def test_two_processes_one_of_which_was_killed_end_with_the_same_bits(
     out = tmp_path / "out"
     command = (TESTS / "killed_run.py", recipe, out, "--kills", kills, "--seed", seed)
     said = finish(torchrun(2, *command, restarts=kills))
-    assert said.count("killed\n") > kills / 3
+    assert said.count("killed\n") == kills
     assert_same(out, two_alone)
 
 
