@@ -159,7 +159,7 @@ class WeightBank:
         self._filled = False
         self._parameters = self._current_parameters()
         sizes = [
-            -(-weight.nbytes // ALIGNMENT) * ALIGNMENT * len(layer.weight_quantizer.bits)
+            bank_nbytes(weight.nbytes, len(layer.weight_quantizer.bits))
             for layer, (weight, _) in zip(self._layers.values(), self._parameters, strict=True)
         ]
         self._buffer = torch.empty(
@@ -193,6 +193,16 @@ class WeightBank:
                 list(leaves.values()),
             )
             self._leaves.update(leaves)
+
+
+def bank_nbytes(weight_nbytes: int, bit_widths: int) -> int:
+    """Bytes that one layer takes in the buffer of a weight bank.
+
+    Args:
+        weight_nbytes: Bytes of its weight.
+        bit_widths: How many candidates it has.
+    """
+    return -(-weight_nbytes // ALIGNMENT) * ALIGNMENT * bit_widths
 
 
 def _leaf_like(weight: Tensor, memory: Tensor) -> Tensor:

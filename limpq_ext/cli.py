@@ -307,8 +307,17 @@ def evaluate(
 
 
 @app.command()
-def info() -> None:
-    """Print versions, build flags, CPU capability and CUDA architectures."""
+def info(
+    model: ModelOption = None,
+    input_size: InputSizeOption = None,
+    bits: Annotated[
+        int, typer.Option(help="With --model: how many candidate bit-widths.", min=1, max=15)
+    ] = 5,
+) -> None:
+    """Print versions, build flags, CPU capability and CUDA architectures.
+
+    With --model: how many layers can be searched, and the memory that their joint training takes.
+    """
     from importlib import metadata
 
     import torch
@@ -337,6 +346,18 @@ def info() -> None:
             rows[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             rows[package] = "not installed"
+    if model is not None:
+        from .bank import bank_nbytes
+
+        costs = _costs(model, input_size or (3, 224, 224), None)
+        weights = [layer.weights for layer in costs.layers]
+        buffer = sum(bank_nbytes(4 * count, bits) for count in weights)
+        rows["model"] = model
+        rows["searchable layers"] = f"{len(weights)}, {sum(weights):,} weights"
+        rows["weight bank"] = (
+            f"{buffer / 1e6:.1f} MB in float32 for {bits} bit-widths; a joint step holds as much"
+            " again for its gradients"
+        )
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

@@ -100,9 +100,7 @@ class FiniteWatch:
             NonFiniteError: This step, or one since the last look, is not finite.
         """
         self._branches = tuple(branches)
-        # The largest magnitude: unlike a sum of squares it is infinite only where a gradient is.
-        largest = nn.utils.get_total_norm(grads, torch.inf).to(losses.device)
-        bad = ~(losses.isfinite().all() & largest.isfinite())
+        bad = ~(losses.isfinite().all() & _all_finite(grads).to(losses.device))
         steps = self.steps or (1 if losses.device.type == "cpu" else CHECK_STEPS)
         if steps == 1:
             if bool(bad):
@@ -247,6 +245,15 @@ def _hooks(model: nn.Module, report: Callable[[Sighting], None]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _all_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Whether all are finite, on their device. A sum would overflow where no gradient does."""
+    if all(grad.device.type == "cpu" for grad in grads):
+        # There the largest magnitude by norm takes 20 times as long as both extremes.
+        extremes = [value.double() for grad in grads if grad.numel() for value in grad.aminmax()]
+        return torch.stack([*extremes, torch.zeros((), dtype=torch.double)]).isfinite().all()
+    return nn.utils.get_total_norm(grads, torch.inf).isfinite()
 
 
 def _finite(tensor: Tensor) -> bool:

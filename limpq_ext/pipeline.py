@@ -267,7 +267,8 @@ class Session:
         """The indicators of a float model."""
         options = self.recipe.joint
         prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
-        prepared.to(self.device).train()
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
             prepared,
             options.optimizer,
@@ -286,11 +287,14 @@ class Session:
             loss_fn,
             distill=options.distill,
             seed=self.recipe.seed,
+            autocast=None if options.autocast == "off" else getattr(torch, options.autocast),
+            compile_forward=torch.compile if options.compile else None,
+            cuda_graph=options.cuda_graph,
             on_branch=meter.add_branch,
         )
 
         def take_step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            losses = trainer.step(x, target).losses
+            losses = trainer.step(x.contiguous(memory_format=layout), target).losses
             for branch, loss in losses.items():
                 meter.add(f"loss {branch}", loss)
             return torch.stack(list(losses.values())).mean()

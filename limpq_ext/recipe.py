@@ -51,6 +51,12 @@ class JointSection(TrainingSection):
     """Joint training of the indicators."""
 
     distill: bool = Field(False, description="the highest bit-width teaches the others")
+    autocast: Literal["off", "bfloat16", "float16"] = Field(
+        "off", description="dtype of the branches; float16 comes with a gradient scaler"
+    )
+    channels_last: bool = Field(False, description="memory format of weights and activations")
+    compile: bool = Field(False, description="torch.compile what a branch runs")
+    cuda_graph: bool = Field(False, description="capture the branches of a step in a CUDA graph")
 
 
 class LevelSection(_Section):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,6 +254,13 @@ def test_info_tells_how_it_was_built(limpq):
     assert code == 0
     for word in ("limpq_ext", "torch", "build flags", "CPU capability", "CUDA architectures"):
         assert word in said
+
+
+def test_info_tells_the_memory_of_a_models_weight_bank(limpq):
+    code, said, _ = limpq("info", "--model", "resnet18")
+    assert code == 0
+    assert re.search(r"searchable layers +19, 11,157,504 weights", said)
+    assert re.search(r"weight bank +223\.2 MB in float32 for 5 bit-widths", said)
 
 
 @pytest.mark.parametrize(

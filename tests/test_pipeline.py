@@ -1,0 +1,41 @@
+"""The joint stage of a recipe in every way that it can be executed."""
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("sklearn")
+
+from limpq_ext.pipeline import Session
+from limpq_ext.recipe import make_recipe
+
+
+def indicators(**options):
+    torch.manual_seed(0)
+    joint = {"epochs": 1, "lr": 0.01, "batch_size": 512, **options}
+    model = {"name": "cifar_resnet", "options": {"width": 4}}
+    session = Session(make_recipe({"bits": [2, 4], "model": model, "joint": joint}))
+    return session.train_indicators(session.create_model(), None, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"autocast": "bfloat16"},
+        {"autocast": "float16"},
+        {"channels_last": True},
+        {"distill": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
+    for ours, plain in zip(indicators(**options).layers, indicators().layers, strict=True):
+        for kind in ("weight", "activation"):
+            for bits, value in getattr(plain, kind).items():
+                assert getattr(ours, kind)[bits] == pytest.approx(value, rel=0.1), ours.name
+
+
+def test_a_cuda_graph_on_the_cpu_is_an_error():
+    with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
+        indicators(cuda_graph=True)
