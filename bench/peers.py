@@ -113,14 +113,14 @@ def compiled() -> Callable[[Tensor, Tensor, Thresholds], Tensor]:
 
 
 def compiled_for_all_bits() -> Callable[[Tensor, Tensor, Thresholds], Tensor]:
-    """The same for a network: compiled once per shape, thresholds and factor are inputs.
+    """The same for a network: compiled for any shape; thresholds and factor are inputs.
 
-    As constants they would make a graph for each layer and bit-width.
+    As constants they would make a graph for each layer and bit-width, which takes an hour.
     """
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 1024
 
-    @torch.compile(dynamic=False, fullgraph=True)
+    @torch.compile(dynamic=True, fullgraph=True)
     def chain(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
         s = scale * factor
         s = (scale - s).detach() + s
