@@ -1,4 +1,6 @@
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, prepare, quantized_layers
+from limpq_ext.execution import CapturedStep
 from limpq_ext.layers import SwitchableBatchNorm
 from limpq_ext.models import CifarResNet
 
@@ -45,11 +48,11 @@ def problem(network="depthwise", dtype=torch.float32, batch=4):
     return model, x, target
 
 
-def trainer_of(model, x, lr=0.01, **options):
+def trainer_of(model, x, lr=0.01, trainer=JointTrainer, **options):
     prepared = prepare(model, BITS, example_input=x)
     prepared = prepared.to(x.dtype)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=lr)
-    return JointTrainer(prepared, optimizer, F.cross_entropy, **options)
+    return trainer(prepared, optimizer, F.cross_entropy, **options)
 
 
 def plain_loop(twin, draw, x, target, distill=False):
@@ -68,6 +71,14 @@ def plain_loop(twin, draw, x, target, distill=False):
         loss.backward()
 
 
+class RandomBranchByTensor(JointTrainer):
+    """What a CUDA graph captures: a tensor on the device says what the random branch draws."""
+
+    def _gradients(self, x, target, draw, *, by_tensor=False):
+        self._runner.set_selection(draw)
+        return super()._gradients(x, target, draw, by_tensor=self.steps > 0)
+
+
 NOTHING_SHARED = {"weight_bank": False, "share_stem": False, "drop_relu": False}
 EXECUTIONS = {
     "everything shared": {},
@@ -76,6 +87,7 @@ EXECUTIONS = {
     "stem": NOTHING_SHARED | {"share_stem": True},
     "relu": NOTHING_SHARED | {"drop_relu": True},
     "compiled": {"compile_forward": lambda model: torch.compile(model, backend="aot_eager")},
+    "random branch by tensor": {"trainer": RandomBranchByTensor},
     "compiled, nothing shared": NOTHING_SHARED
     | {"compile_forward": lambda model: torch.compile(model, backend="aot_eager")},
 }
@@ -333,6 +345,46 @@ def test_a_cuda_graph_needs_a_model_on_cuda_and_no_compiler():
     model, x, _ = problem()
     with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
         trainer_of(model, x, cuda_graph=True)
+
+
+class CapturedOnHost(CapturedStep):
+    """Stands in for a CUDA graph: a replay computes into the tensors of the capture."""
+
+    def __init__(self, compute, parameters, x, target):
+        super().__init__(compute, parameters, x, target)
+
+        def replay():
+            for parameter in parameters:
+                parameter.grad = None
+            for name, value in compute(self._x, self._target).items():
+                self._results[name].copy_(value)
+            for parameter, grad in self._grads:
+                grad.copy_(parameter.grad)
+
+        self._graph.replay = replay
+
+
+def test_replays_take_new_batches_and_draws(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    monkeypatch.setattr("limpq_ext.joint.CapturedStep", CapturedOnHost)
+    model, x, target = problem("resnet")
+    seen = []
+    options = {"on_branch": lambda branch, output, _: seen.append((branch, output))}
+    captured, plain = trainer_of(model, x, **options), trainer_of(model, x)
+    captured.cuda_graph = True
+    for step in range(7):
+        batch = torch.randn(3 if step == 5 else 4, *x.shape[1:])
+        ours = captured.step(batch, target[: len(batch)])
+        reference = plain.step(batch, target[: len(batch)])
+        assert (captured._captured is not None) == (step >= 3)
+        assert [branch for branch, _ in seen] == list(ours.losses)
+        assert all(output.shape == (len(batch), 5) for _, output in seen)
+        for branch, loss in ours.losses.items():
+            torch.testing.assert_close(loss, reference.losses[branch], msg=f"{step} {branch}")
+        seen.clear()
+    for ours, reference in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference)
 
 
 @pytest.mark.cuda
