@@ -393,9 +393,7 @@ def _exit_code(error: Exception) -> int | None:
     """Say what was wrong with the input; None for an error that is not the user's."""
     if isinstance(error, MainProcessError):  # process 0 says it
         return 2
-    if isinstance(error, ValueError | TypeError | OSError | ImportError):
-        if isinstance(error, TypeError) and error.__traceback__ is None:
-            return None
+    if isinstance(error, ValueError | OSError | ImportError):
         print(f"limpq: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2
     show = getattr(error, "show", None)

@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, get_args
 
 from limpq_ext.bits import check_bits
@@ -174,7 +175,7 @@ class Indicators:
         try:
             layers = tuple(_limpq_layers(content))
             bits = tuple(layers[0].weight) if layers else ()
-            return cls(bits, layers, {"source": f"LIMPQ, {os.path.basename(path)}"})  # noqa: PTH119
+            return cls(bits, layers, {"source": f"LIMPQ, {Path(path).name}"})
         except (ValueError, OverflowError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
 
