@@ -131,7 +131,7 @@ def _check_same_values(model: nn.Module, graph_module: nn.Module, x: Any) -> Non
     """A forward may do what a graph does not show; then it computes something else."""
     outputs = []
     for forward in (model, graph_module):
-        with torch.no_grad(), _buffers_kept(model), torch.random.fork_rng():
+        with torch.no_grad(), _buffers_kept(model), torch.random.fork_rng(_gpus(model)):
             outputs.append(tree_leaves(forward(x)))
     same = len(outputs[0]) == len(outputs[1]) and all(
         _nearly_equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True)
@@ -318,20 +318,25 @@ def _differs_by_call(stem: fx.GraphModule, x: Any) -> str:
     }
     others = {name: buffer for name, buffer in stem.named_buffers() if id(buffer) not in own}
     versions = {name: buffer._version for name, buffer in others.items()}
-    with torch.no_grad(), _buffers_kept(stem), torch.random.fork_rng():
-        before = _random_states()
+    gpus = _gpus(stem)
+    with torch.no_grad(), _buffers_kept(stem), torch.random.fork_rng(gpus):
+        before = _random_states(gpus)
         stem(x)
-        if any(
-            not torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True)
-        ):
+        after = _random_states(gpus)
+        if any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)):
             return "it draws random numbers"
         changed = [name for name, buffer in others.items() if buffer._version != versions[name]]
     return f"it changes the buffer '{changed[0]}'" if changed else ""
 
 
-def _random_states() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
+def _gpus(module: nn.Module) -> list[int]:
+    """The GPUs that have a part of the module."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
+
+
+def _random_states(gpus: Sequence[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
 
 
 @contextmanager
