@@ -1,4 +1,4 @@
-"""Joint training of twelve thousand steps: memory does not grow."""
+"""Joint training of twelve thousand steps on the digits recipe: memory does not grow."""
 
 import itertools
 import time
@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, prepare
-from limpq_ext.data import load_data, make_loader
+from limpq_ext.data import make_loader
 from limpq_ext.metrics import Journal, Meter, MetricsFile, resident_bytes
-from limpq_ext.models import CifarResNet
+from limpq_ext.pipeline import Session
+from limpq_ext.recipe import Recipe
 from limpq_ext.training import Recording, make_optimizer, run_epochs
 
 STEPS = 12_000
@@ -20,16 +21,14 @@ WARM = 1_000
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_twelve_thousand_steps(tmp_path, capsys):
-    data = load_data("digits")
-    torch.manual_seed(0)
-    model = prepare(
-        CifarResNet(1, in_channels=1, width=4), (2, 4), example_input=torch.zeros(1, 1, 8, 8)
-    )
+    recipe = Recipe()
+    session = Session(recipe)
+    model = prepare(session.create_model(), recipe.bits, example_input=session.example_input())
     model.train()
-    optimizer = make_optimizer(model, lr=0.01)
+    optimizer = make_optimizer(model, lr=recipe.joint.lr)
     meter = Meter(torch.device("cpu"))
     trainer = JointTrainer(model, optimizer, F.cross_entropy, on_branch=meter.add_branch)
-    loader = make_loader(data.train, batch_size=64, train=True)
+    loader = make_loader(session.data.train, batch_size=recipe.joint.batch_size, train=True)
     memory, times = [], [time.perf_counter()]
 
     def take_step(x, target):
