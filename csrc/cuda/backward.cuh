@@ -231,7 +231,7 @@ template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single, Capacity>)
     backward_rows(
         const __grid_constant__ Table<BackwardRows<T>, BackwardWidth<T>, Capacity> table) {
-  const auto picked = table.template pick<single>(blockIdx.x);
+  const auto picked = table.template pick<std::is_same_v<Capacity, Few>>(blockIdx.x);
   const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
@@ -348,7 +348,7 @@ template <typename T, int V, typename Capacity>
 __global__ void __launch_bounds__(backward_columns_block, backward_columns_residents<Capacity>)
     backward_columns(
         const __grid_constant__ Table<BackwardColumns<T>, BackwardWidth<T>, Capacity> table) {
-  const auto picked = table.template pick<true>(blockIdx.x);
+  const auto picked = table.template pick<std::is_same_v<Capacity, One>>(blockIdx.x);
   const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int rows_at_a_time = column_rows<T>;
@@ -617,6 +617,7 @@ void backward(const std::vector<const BackwardLayout*>& layouts, Launch&& launch
     if (one) return launch_backward_columns<T, V, One>(layouts, launch);
     return launch_backward_columns<T, V, Many>(layouts, launch);
   }
+  if (selected(layouts)) return launch_backward_rows<T, true, Few>(layouts, launch);
   if (one && all_single(layouts)) return launch_backward_rows<T, true, One>(layouts, launch);
   if (one) return launch_backward_rows<T, false, One>(layouts, launch);
   if (fit_few(layouts)) return launch_backward_rows<T, true, Few>(layouts, launch);

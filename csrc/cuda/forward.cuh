@@ -59,7 +59,7 @@ struct ForwardRows {
 template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, single, Capacity>)
     forward_rows(const __grid_constant__ Table<ForwardRows<T>, ForwardWidth<T>, Capacity> table) {
-  const auto [p, widths, block] = table.template pick<single>(blockIdx.x);
+  const auto [p, widths, block] = table.template pick<std::is_same_v<Capacity, Few>>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
   constexpr int packs_per_thread = forward_packs<T, single>;
@@ -122,7 +122,7 @@ struct ForwardColumns {
 template <typename T, int V, bool single, typename Capacity>
 __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5) forward_columns(
     const __grid_constant__ Table<ForwardColumns<T>, ForwardWidth<T>, Capacity> table) {
-  const auto [p, widths, block] = table.template pick<true>(blockIdx.x);
+  const auto [p, widths, block] = table.template pick<std::is_same_v<Capacity, One>>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int packs_per_thread = forward_packs<T, false>;
   const int64_t channels = p.scales.channels;
@@ -244,6 +244,7 @@ void forward(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) 
     if (single) return launch_forward_columns<T, V, true, One>(layouts, launch);
     return launch_forward_columns<T, V, false, One>(layouts, launch);
   }
+  if (selected(layouts)) return launch_forward_rows<T, true, Few>(layouts, launch);
   if (one && single) return launch_forward_rows<T, true, One>(layouts, launch);
   if (one) return launch_forward_rows<T, false, One>(layouts, launch);
   if (fit_few(layouts)) return launch_forward_rows<T, true, Few>(layouts, launch);

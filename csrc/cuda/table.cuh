@@ -35,11 +35,11 @@ struct One {
   static constexpr int widths = max_bit_widths;
 };
 constexpr int most_few = std::min(max_parts, LIMPQ_LONGEST_TABLE);
-struct Few {  // of one bit-width each
+struct Few {  // of one bit-width each, or a single one whose bit-width a tensor selects
   template <typename Entry, typename Width>
   static constexpr int entries = most_few;
   template <typename Entry, typename Width>
-  static constexpr int widths = most_few;
+  static constexpr int widths = std::max(most_few, max_bit_widths);  // candidates to select from
 };
 struct Many {
   template <typename Entry, typename Width>
@@ -75,17 +75,13 @@ struct Table {
   Entry entries[most_entries];
   Width widths[most_widths];
 
-  /// The problem that this block of the launch works on. `single`: of one bit-width, which a tensor
-  /// may select; then that is the only one that the kernel sees. Lists have no such problem.
-  template <bool single>
+  /// The problem that this block of the launch works on. `selects`: a tensor may say which of its
+  /// candidates is the one bit-width that the kernel sees. (Not in the plain kernel for rows, where
+  /// it would cost registers that there are not.)
+  template <bool selects>
   __device__ __forceinline__ Pick<Entry, Width> pick(unsigned block) const {
-    if constexpr (most_entries == 1) {
-      const Entry& only = entries[0];
-      if (!single || only.selected == nullptr) return {only, widths, block};
-      const int64_t place = min(max(*only.selected, int64_t(0)), int64_t(only.candidates - 1));
-      return {only, widths + place, block};
-    } else {
-      int at = 0;
+    int at = 0;
+    if constexpr (most_entries > 1) {
       for (int past = size; past - at > 1;) {
         const int middle = (at + past) / 2;
         if (first_block[middle] <= block) {
@@ -94,8 +90,16 @@ struct Table {
           past = middle;
         }
       }
-      return {entries[at], widths + entries[at].first_width, block - first_block[at]};
+      block -= first_block[at];
     }
+    const Entry& entry = entries[at];
+    const Width* own = most_entries > 1 ? widths + entry.first_width : widths;
+    if constexpr (selects) {
+      if (entry.selected != nullptr) {
+        own += min(max(*entry.selected, int64_t(0)), int64_t(entry.candidates - 1));
+      }
+    }
+    return {entry, own, block};
   }
 };
 
@@ -165,6 +169,12 @@ template <typename Layout>
 bool all_single(const std::vector<const Layout*>& layouts) {
   return std::all_of(layouts.begin(), layouts.end(),
                      [](const Layout* layout) { return layout->problem.count == 1; });
+}
+
+/// Whether a tensor selects the bit-width; such a problem stands alone.
+template <typename Layout>
+bool selected(const std::vector<const Layout*>& layouts) {
+  return layouts[0]->problem.selected != nullptr;
 }
 
 template <typename Layout>
