@@ -28,7 +28,7 @@ struct Problem {
   int64_t outer;
   int64_t channels;
   int64_t inner;
-  int count;          // bit-widths in this call, 1 .. max_bit_widths
+  int count;  // bit-widths in this call, 1 .. max_bit_widths
   // CUDA only, else null: the place of the one bit-width that is used, on the device. Then count is
   // 1, and the arrays have an entry for each candidate.
   const int64_t* selected;
