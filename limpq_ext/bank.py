@@ -138,8 +138,8 @@ class WeightBank:
         for (weight, scale), dweight, dscale in zip(
             self._parameters, dweights, dscales, strict=True
         ):
-            _accumulate(weight, dweight)
-            _accumulate(scale, dscale)
+            add_gradient(weight, dweight)
+            add_gradient(scale, dscale)
 
     def _current_parameters(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.weight, layer.weight_quantizer.scale) for layer in self._layers.values()]
@@ -212,7 +212,8 @@ def _leaf_like(weight: Tensor, memory: Tensor) -> Tensor:
     return values.as_strided(weight.shape, strides).detach().requires_grad_()
 
 
-def _accumulate(parameter: Tensor, grad: Tensor | None) -> None:
+def add_gradient(parameter: Tensor, grad: Tensor | None) -> None:
+    """Add to a parameter's ``.grad`` as autograd does; None adds nothing."""
     if grad is None or not parameter.requires_grad:
         return
     if parameter.grad is None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .bank import WeightBank
+from .bank import WeightBank, add_gradient
 from .branches import BranchGraph, UntraceableError
 from .layers import QuantizedLayer, SwitchableBatchNorm
+
+Results = TypeVar("Results")
 
 Bits = Mapping[str, int]
 """The bit-width of each quantized layer, by name."""
@@ -191,12 +194,12 @@ class BranchRunner:
             norm.ready_rows = norm.selected = None
 
 
-class CapturedStep:
+class CapturedStep(Generic[Results]):
     """All branches of a step as one CUDA graph, replayed on batches of the same shape.
 
     Args:
         compute: ``compute(x, target)`` adds the gradients of a step to the parameters and returns
-            what the replays are to give: tensors by name. It must not wait for the device.
+            what the replays are to give: containers of tensors. It must not wait for the device.
         parameters: Whose gradients they are.
         x: A batch; its values do not matter.
         target: What belongs to it.
@@ -204,7 +207,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        compute: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        compute: Callable[[Tensor, Tensor], Results],
         parameters: Sequence[nn.Parameter],
         x: Tensor,
         target: Tensor,
@@ -222,14 +225,14 @@ class CapturedStep:
             for given, own in ((x, self._x), (target, self._target))
         )
 
-    def replay(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def replay(self, x: Tensor, target: Tensor) -> Results:
         """Compute a step on a batch: what ``compute`` returns; gradients are in the parameters."""
         self._x.copy_(x, non_blocking=True)
         self._target.copy_(target, non_blocking=True)
         self._graph.replay()
         for parameter, grad in self._grads:
             parameter.grad = grad
-        return {name: value.clone() for name, value in self._results.items()}
+        return tree_map(torch.clone, self._results)
 
 
 class _NormRows:
@@ -258,12 +261,11 @@ class _NormRows:
     def collect(self) -> None:
         """Give the parameters the gradients of their rows; none where no row has one."""
         for name, leaves in self._leaves.items():
-            parameter = self._parameters[name]
             if any(leaf.grad is not None for leaf in leaves):
                 grad = torch.stack(
                     [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
                 )
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                add_gradient(self._parameters[name], grad)
             for leaf in leaves:
                 leaf.grad = None
 

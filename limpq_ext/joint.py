@@ -32,6 +32,9 @@ from .updates import Update
 RANDOM_BRANCH = "random"
 """Name of the branch whose layers draw their bits at random."""
 
+Gradients = tuple[dict[str, Tensor], dict[str, Any]]
+"""What is left of a step's branches beside their gradients: losses and outputs by branch."""
+
 STEPS_BEFORE_CAPTURE = 3
 """Ordinary steps before a CUDA graph is captured: libraries choose their kernels in them."""
 
@@ -157,7 +160,7 @@ class JointTrainer:
             drop_relu=drop_relu,
             compile_forward=compile_forward,
         )
-        self._captured: CapturedStep | None = None
+        self._captured: CapturedStep[Gradients] | None = None
         self._eager_steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
@@ -256,9 +259,7 @@ class JointTrainer:
         )
         return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
 
-    def _gradients(
-        self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _gradients(self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False) -> Gradients:
         """Run all branches; their gradients add up. The losses and outputs by branch, detached."""
         losses: dict[str, Tensor] = {}
         outputs: dict[str, Any] = {}
@@ -271,29 +272,20 @@ class JointTrainer:
                 outputs[branch] = tree_map(_detached, output)
         return losses, outputs
 
-    def _captured_gradients(
-        self, x: Tensor, target: Tensor, draw: Bits
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _captured_gradients(self, x: Tensor, target: Tensor, draw: Bits) -> Gradients:
         """The same as one CUDA graph, once it is captured and where it fits the batch."""
         self._runner.set_selection(draw)
         if self._captured is None and self._eager_steps >= STEPS_BEFORE_CAPTURE:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-            def compute(x: Tensor, target: Tensor) -> dict[str, Tensor]:
-                losses, outputs = self._gradients(x, target, draw, by_tensor=True)
-                named = {f"output of {branch}": output for branch, output in outputs.items()}
-                return losses | named
+            def compute(x: Tensor, target: Tensor) -> Gradients:
+                return self._gradients(x, target, draw, by_tensor=True)
 
             self._captured = CapturedStep(compute, parameters, x, target)
         if self._captured is None or not self._captured.fits(x, target):
             self._eager_steps += 1
             return self._gradients(x, target, draw, by_tensor=self._eager_steps > 1)
-        results = self._captured.replay(x, target)
-        branches = [branch for branch in results if not branch.startswith("output of ")]
-        return (
-            {branch: results[branch] for branch in branches},
-            {branch: results[f"output of {branch}"] for branch in branches},
-        )
+        return self._captured.replay(x, target)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

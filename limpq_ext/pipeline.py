@@ -268,7 +268,7 @@ class Session:
         options = self.recipe.joint
         prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]
+        prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]  # not in torch's stub
         optimizer = make_optimizer(
             prepared,
             options.optimizer,

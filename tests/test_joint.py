@@ -7,8 +7,9 @@ import torch
 import torch._dynamo.testing
 from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
 from networks import Depthwise, NoNorm, PreActivation, Shared
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from limpq_ext import JointTrainer, prepare, quantized_layers
 from limpq_ext.execution import CapturedStep
@@ -356,8 +357,7 @@ class CapturedOnHost(CapturedStep):
         def replay():
             for parameter in parameters:
                 parameter.grad = None
-            for name, value in compute(self._x, self._target).items():
-                self._results[name].copy_(value)
+            tree_map(Tensor.copy_, self._results, compute(self._x, self._target))
             for parameter, grad in self._grads:
                 grad.copy_(parameter.grad)
 
