@@ -46,6 +46,28 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class LiveTensor:
+    """A tensor between two layers, and how long it is needed; checked as part of `Costs`.
+
+    Time is counted in layer calls: moment 0 is the first call of a quantizable layer in a forward.
+
+    Attributes:
+        elements: Number of its elements for one sample.
+        layer: The layer with whose activation bits it is stored, the first that reads it; None:
+            no layer does, and it is stored in float.
+        first: The first moment at which it is held, that of the layer call that puts it out.
+        last: The last moment at which it is held, that of the last layer call before its last use.
+    """
+
+    elements: int
+    layer: str | None
+    first: int
+    last: int
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+
+
+@dataclass(frozen=True)
 class Costs:
     """The costs of a network.
 
@@ -58,17 +80,22 @@ class Costs:
         fixed: The first and the last layer.
         meta: Where the numbers come from; anything that JSON has a form for.
         fixed_bits: Bit-width of the fixed layers where an assignment does not say.
+        shared_inputs: Groups of two or more layers that read one and the same tensor.
+        tensors: What is held between the layers, for `activation_memory_bits`; empty: not known.
 
     Raises:
         TypeError: If a count is not an integer.
         ValueError: If there is no searchable layer, two layers have one name, or a count is
-            negative, or ``fixed_bits`` is outside 2 to 16.
+            negative, or ``fixed_bits`` is outside 2 to 16, or ``shared_inputs`` or ``tensors``
+            name a layer that is not there.
     """
 
     layers: tuple[LayerCost, ...]
     fixed: tuple[LayerCost, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     fixed_bits: int = FIXED_BITS
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    tensors: tuple[LiveTensor, ...] = ()
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
 
@@ -89,6 +116,19 @@ class Costs:
                     raise TypeError(f"layer {layer.name!r}: {what} must be an int, got {count!r}")
                 if count < 0:
                     raise ValueError(f"layer {layer.name!r}: {what} is {count}")
+        object.__setattr__(self, "shared_inputs", tuple(map(tuple, self.shared_inputs)))
+        object.__setattr__(self, "tensors", tuple(self.tensors))
+        for group in self.shared_inputs:
+            if len(set(group)) < 2 or len(set(group)) < len(group):
+                raise ValueError(f"shared input {list(group)}: needs two or more layers")
+            for name in group:
+                if name not in seen:
+                    raise ValueError(f"shared input {list(group)}: there is no layer {name!r}")
+        for tensor in self.tensors:
+            if tensor.layer is not None and tensor.layer not in seen:
+                raise ValueError(f"live tensor: there is no layer {tensor.layer!r}")
+            if tensor.elements < 0 or not 0 <= tensor.first <= tensor.last:
+                raise ValueError(f"live tensor: elements or moments are wrong: {tensor}")
 
     @property
     def all_weights(self) -> int:
@@ -158,6 +198,32 @@ class Costs:
             Fraction(sum(weight for weight, _ in pairs), len(pairs)),
             Fraction(sum(activation for _, activation in pairs), len(pairs)),
         )
+
+    def activation_memory_bits(self, assignment: Mapping[str, tuple[int, int]]) -> int:
+        """Peak of the activation memory for one sample: the most bits held at one moment.
+
+        Every tensor between layers is held with the activation bits of the layer that reads it,
+        in 32 bits where none does.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            The peak in bits, exactly.
+
+        Raises:
+            ValueError: If the costs do not say which tensors there are.
+        """
+        self._check_names(assignment)
+        if not self.tensors:
+            raise ValueError("the costs have no tensors: profile the network again")
+        fixed = (self.fixed_bits, self.fixed_bits)
+        held = [0] * (1 + max(tensor.last for tensor in self.tensors))
+        for tensor in self.tensors:
+            bits = FLOAT_BITS if tensor.layer is None else assignment.get(tensor.layer, fixed)[1]
+            for moment in range(tensor.first, tensor.last + 1):
+                held[moment] += tensor.elements * bits
+        return max(held)
 
     def _check_names(self, assignment: Mapping[str, tuple[int, int]]) -> None:
         for layer in self.layers:

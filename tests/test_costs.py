@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from limpq_ext.costs import Costs, LayerCost
+from limpq_ext.costs import Costs, LayerCost, LiveTensor
 from limpq_ext.files import FileFormatError
 from limpq_ext.policy import Policy
 
@@ -39,6 +39,42 @@ def test_size_takes_the_bits_of_a_fixed_layer_where_they_are_given():
 
 def test_compression_is_the_ratio_to_32_bits():
     assert COSTS.compression(BITS) == Fraction(32 * 19, 80)
+
+
+def test_activation_memory_is_the_most_that_is_held_at_one_moment(tmp_path):
+    tensors = (
+        LiveTensor(50, "first", 0, 0),
+        LiveTensor(10, "a", 0, 2),
+        LiveTensor(20, "b", 1, 2),
+        LiveTensor(3, None, 2, 3),
+    )
+    costs = Costs(COSTS.layers, COSTS.fixed, shared_inputs=(("a", "first"),), tensors=tensors)
+    assert costs.activation_memory_bits(BITS) == 50 * 8 + 10 * 3
+    assert costs.activation_memory_bits({**BITS, "first": (2, 2)}) == 10 * 3 + 20 * 5 + 3 * 32
+    costs.save(tmp_path / "costs.json")
+    assert Costs.load(tmp_path / "costs.json") == costs
+
+
+def test_without_tensors_there_is_no_activation_memory():
+    with pytest.raises(ValueError, match="no tensors"):
+        COSTS.activation_memory_bits(BITS)
+
+
+@pytest.mark.parametrize(
+    ("shared", "tensor", "problem"),
+    [
+        ((("a",),), None, "two or more layers"),
+        ((("a", "a"),), None, "two or more layers"),
+        ((("a", "c"),), None, "no layer 'c'"),
+        ((), LiveTensor(1, "c", 0, 0), "no layer 'c'"),
+        ((), LiveTensor(1, "a", 2, 1), "moments are wrong"),
+        ((), LiveTensor(-1, "a", 0, 1), "elements"),
+    ],
+)
+def test_wrong_shared_inputs_and_tensors_are_named(shared, tensor, problem):
+    tensors = () if tensor is None else (tensor,)
+    with pytest.raises(ValueError, match=problem):
+        Costs(COSTS.layers, COSTS.fixed, shared_inputs=shared, tensors=tensors)
 
 
 def test_mean_bits_count_every_searchable_layer_the_same():
