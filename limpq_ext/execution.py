@@ -194,41 +194,43 @@ class BranchRunner:
             norm.ready_rows = norm.selected = None
 
 
-class CapturedStep(Generic[Results]):
-    """All branches of a step as one CUDA graph, replayed on batches of the same shape.
+class Captured(Generic[Results]):
+    """A function of tensors as one CUDA graph, replayed on tensors of the same shapes.
 
     Args:
-        compute: ``compute(x, target)`` adds the gradients of a step to the parameters and returns
-            what the replays are to give: containers of tensors. It must not wait for the device.
-        parameters: Whose gradients they are.
-        x: A batch; its values do not matter.
-        target: What belongs to it.
+        compute: What to capture. It must not wait for the device, and returns what the replays are
+            to give: containers of tensors.
+        inputs: What it is called with; the values do not matter.
+        parameters: Those to which it gives gradients.
+
+    Attributes:
+        inputs: The tensors that the graph reads, which hold what was replayed last.
     """
 
     def __init__(
         self,
-        compute: Callable[[Tensor, Tensor], Results],
-        parameters: Sequence[nn.Parameter],
-        x: Tensor,
-        target: Tensor,
+        compute: Callable[..., Results],
+        inputs: Sequence[Tensor],
+        *,
+        parameters: Sequence[nn.Parameter] = (),
     ) -> None:
-        self._x, self._target = x.clone(), target.clone()
+        self.inputs = tuple(value.clone() for value in inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._results = compute(self._x, self._target)
+            self._results = compute(*self.inputs)
         self._grads = [(parameter, parameter.grad) for parameter in parameters]
 
-    def fits(self, x: Tensor, target: Tensor) -> bool:
-        """Whether the graph was captured for batches like this one."""
+    def fits(self, *inputs: Tensor) -> bool:
+        """Whether the graph was captured for tensors like these."""
         return all(
             given.shape == own.shape and given.dtype == own.dtype
-            for given, own in ((x, self._x), (target, self._target))
+            for given, own in zip(inputs, self.inputs, strict=True)
         )
 
-    def replay(self, x: Tensor, target: Tensor) -> Results:
-        """Compute a step on a batch: what ``compute`` returns; gradients are in the parameters."""
-        self._x.copy_(x, non_blocking=True)
-        self._target.copy_(target, non_blocking=True)
+    def replay(self, *inputs: Tensor) -> Results:
+        """What ``compute`` returns for these; gradients are in the parameters."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
         self._graph.replay()
         for parameter, grad in self._grads:
             parameter.grad = grad

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .distributed import gather
 from .quantizers import LsqQuantizer
@@ -99,20 +99,40 @@ class FiniteWatch:
         Raises:
             NonFiniteError: This step, or one since the last look, is not finite.
         """
-        self._branches = tuple(branches)
-        bad = ~(losses.isfinite().all() & _all_finite(grads).to(losses.device))
-        steps = self.steps or (1 if losses.device.type == "cpu" else CHECK_STEPS)
-        if steps == 1:
-            if bool(bad):
+        if self._period(losses) == 1:
+            self._branches = tuple(branches)
+            if bool(_any_bad(losses, grads)):
                 self._fail(step, losses, batch)
             return
+        self.expect(step, branches, losses, batch)
+        self.note(losses, grads, batch)
+        self.check_in_time(step)
+
+    def expect(self, step: int, branches: Sequence[str], losses: Tensor, batch: Any) -> None:
+        """Prepare the device for `note` of a step; the arguments are those of `look`."""
+        self._branches = tuple(branches)
         if self._recorded is None:
             self._recorded = _Record(losses)
-        self._recorded.add(step, bad, losses, batch)
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        self._recorded.expect(step, batch)
+
+    def note(self, losses: Tensor, grads: Sequence[Tensor], batch: Any) -> None:
+        """Look at a step on the device alone, and hold its update back if it is not finite.
+
+        A CUDA graph can capture this. The arguments are those of `look`.
+        """
+        assert self._recorded is not None
+        self._recorded.add(_any_bad(losses, grads), losses, batch)
+        if holds_back(self.optimizer):
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # as GradScaler does
-            self.optimizer.found_inf = self._recorded.seen.float()  # type: ignore[attr-defined]
-        if step % steps == 0:
+            self.optimizer.found_inf = self._recorded.held  # type: ignore[attr-defined]
+
+    def check_in_time(self, step: int) -> None:
+        """Check after every so many steps.
+
+        Raises:
+            NonFiniteError: A step since the last look was not finite.
+        """
+        if self._recorded is not None and step % self._period(self._recorded.held) == 0:
             self.check()
 
     def check(self) -> None:
@@ -123,6 +143,9 @@ class FiniteWatch:
         """
         if self._recorded is not None and bool(self._recorded.seen):
             self._fail(*self._recorded.read())
+
+    def _period(self, losses: Tensor) -> int:
+        return self.steps or (1 if losses.device.type == "cpu" else CHECK_STEPS)
 
     def _fail(self, step: int, losses: Tensor, batch: Any) -> None:
         values = dict(zip(self._branches, losses.tolist(), strict=True))
@@ -156,33 +179,49 @@ class FiniteWatch:
 
 
 class _Record:
-    """The first bad step, kept on the device."""
+    """The first bad step, kept on the device in tensors that stay where they are.
+
+    Attributes:
+        seen: Whether there was one.
+        held: The same as a float, as optimizers take it.
+    """
 
     def __init__(self, losses: Tensor) -> None:
         self.seen = torch.zeros((), dtype=torch.bool, device=losses.device)
-        self._step = torch.zeros((), dtype=torch.int64, device=losses.device)
-        self._losses = losses.clone()
+        self.held = torch.zeros((), device=losses.device)
+        self._now = torch.zeros((), dtype=torch.int64, device=losses.device)
+        self._step = self._now.clone()
+        self._losses = losses.detach().clone()
         # One place for each shape of a batch, and whether it was the bad one.
-        self._batches: dict[Any, tuple[Tensor, list[Tensor], Any]] = {}
+        self._batches: dict[Any, tuple[Tensor, Any]] = {}
+
+    def expect(self, step: int, batch: Any) -> None:
+        self._now.fill_(step)
+        shapes, _ = _tensors(batch)
+        if shapes not in self._batches:
+            self._batches[shapes] = (torch.zeros_like(self.seen), tree_map(_copied, batch))
 
     @torch.no_grad()
-    def add(self, step: int, bad: Tensor, losses: Tensor, batch: Any) -> None:
+    def add(self, bad: Tensor, losses: Tensor, batch: Any) -> None:
         first = bad & ~self.seen
-        self._step = torch.where(first, step, self._step)
-        self._losses = torch.where(first, losses, self._losses)
-        leaves, spec = tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shapes = tuple(tensor.shape for tensor in tensors)
-        here, kept, _ = self._batches.get(shapes, (first, tensors, None))
-        kept = [torch.where(first, new, old) for new, old in zip(tensors, kept, strict=True)]
-        rest = iter(kept)
-        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._batches[shapes] = (here | first, kept, tree_unflatten(leaves, spec))
-        self.seen = self.seen | bad
+        shapes, tensors = _tensors(batch)
+        here, kept = self._batches[shapes]
+        owned = (self._step, self._losses, *_tensors(kept)[1])
+        for own, new in zip(owned, (self._now, losses, *tensors), strict=True):
+            own.copy_(torch.where(first, new, own))
+        here |= first
+        self.seen |= bad
+        self.held.copy_(self.seen)
 
     def read(self) -> tuple[int, Tensor, Any]:
-        batch = next(batch for here, _, batch in self._batches.values() if bool(here))
+        batch = next(kept for here, kept in self._batches.values() if bool(here))
         return int(self._step), self._losses, batch
+
+
+def _tensors(batch: Any) -> tuple[tuple[torch.Size, ...], list[Tensor]]:
+    """The tensors of a batch and their shapes."""
+    tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+    return tuple(tensor.shape for tensor in tensors), tensors
 
 
 def first_sighting(model: nn.Module, x: Any, run: Callable[[], None]) -> Sighting | None:
@@ -245,6 +284,20 @@ def _hooks(model: nn.Module, report: Callable[[Sighting], None]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def holds_back(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer can be told on the device not to take a step: a fused one can."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _any_bad(losses: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """Whether a loss or gradient is not finite, on the device of the losses."""
+    return ~(losses.isfinite().all() & _all_finite(grads).to(losses.device))
 
 
 def _all_finite(grads: Sequence[Tensor]) -> Tensor:

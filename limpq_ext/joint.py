@@ -23,7 +23,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from .execution import Bits, BranchRunner, CapturedStep
+from .execution import Bits, BranchRunner, Captured
 from .indicators import Indicators, LayerIndicators
 from .prepare import quantized_layers
 from .training import device_of
@@ -74,9 +74,11 @@ class JointTrainer:
             step whose scaled gradients overflow is skipped and the scale halved.
         compile_forward: Compiles what a branch runs, for example ``torch.compile``. One graph
             serves all branches and draws. A model that is compiled already is compiled its way.
-        cuda_graph: Capture all branches of a step, forward and backward, in one CUDA graph after
-            three ordinary steps; the update of the parameters is not in it. Batches of another
-            shape run without it. ``loss_fn`` must not wait for the device.
+        cuda_graph: Capture a step in CUDA graphs after three ordinary ones: all branches, forward
+            and backward, are one graph; after the exchange between processes and ``on_branch``,
+            the look for what is not finite, clipping and the optimizer's step are another, if the
+            optimizer is a fused one. Batches of another shape run without them. ``loss_fn`` must
+            not wait for the device.
         check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
             every 50 elsewhere, so that the host seldom waits for the device.
         on_branch: Called with (branch, output, target) after every branch, its gradients done; the
@@ -160,7 +162,7 @@ class JointTrainer:
             drop_relu=drop_relu,
             compile_forward=compile_forward,
         )
-        self._captured: CapturedStep[Gradients] | None = None
+        self._captured: Captured[Gradients] | None = None
         self._eager_steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
@@ -176,14 +178,21 @@ class JointTrainer:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        if self.cuda_graph:
-            losses, outputs = self._captured_gradients(x, target, draw)
+        captured = self._capture(x, target, draw) if self.cuda_graph else None
+        if captured is not None:
+            losses, outputs = captured.replay(x, target)
+            x, target = captured.inputs
         else:
-            losses, outputs = self._gradients(x, target, draw)
+            # A captured graph reads the random branch's bits from a tensor, and so does any step
+            # beside it, except for the first, which gives quantizers their start values.
+            by_tensor = self.cuda_graph and self._eager_steps > 0
+            losses, outputs = self._gradients(x, target, draw, by_tensor=by_tensor)
+            self._eager_steps += 1
         if self.on_branch is not None:
             for branch, output in outputs.items():
                 self.on_branch(branch, output, target)
-        return JointStep(self._update.take(losses, x, target), draw)
+        losses = self._update.take(losses, x, target, capture=captured is not None)
+        return JointStep(losses, draw)
 
     @property
     def shared(self) -> dict[str, bool | int]:
@@ -272,8 +281,8 @@ class JointTrainer:
                 outputs[branch] = tree_map(_detached, output)
         return losses, outputs
 
-    def _captured_gradients(self, x: Tensor, target: Tensor, draw: Bits) -> Gradients:
-        """The same as one CUDA graph, once it is captured and where it fits the batch."""
+    def _capture(self, x: Tensor, target: Tensor, draw: Bits) -> Captured[Gradients] | None:
+        """All branches of a step as one CUDA graph, once there is one and where it fits."""
         self._runner.set_selection(draw)
         if self._captured is None and self._eager_steps >= STEPS_BEFORE_CAPTURE:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -281,11 +290,9 @@ class JointTrainer:
             def compute(x: Tensor, target: Tensor) -> Gradients:
                 return self._gradients(x, target, draw, by_tensor=True)
 
-            self._captured = CapturedStep(compute, parameters, x, target)
-        if self._captured is None or not self._captured.fits(x, target):
-            self._eager_steps += 1
-            return self._gradients(x, target, draw, by_tensor=self._eager_steps > 1)
-        return self._captured.replay(x, target)
+            self._captured = Captured(compute, (x, target), parameters=parameters)
+        fits = self._captured is not None and self._captured.fits(x, target)
+        return self._captured if fits else None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

@@ -56,7 +56,7 @@ class JointSection(TrainingSection):
     )
     channels_last: bool = Field(False, description="memory format of weights and activations")
     compile: bool = Field(False, description="torch.compile what a branch runs")
-    cuda_graph: bool = Field(False, description="capture the branches of a step in a CUDA graph")
+    cuda_graph: bool = Field(False, description="capture a step in CUDA graphs")
 
 
 class LevelSection(_Section):

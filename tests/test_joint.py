@@ -1,18 +1,14 @@
 import copy
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
 from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
 from networks import Depthwise, NoNorm, PreActivation, Shared
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from limpq_ext import JointTrainer, prepare, quantized_layers
-from limpq_ext.execution import CapturedStep
 from limpq_ext.layers import SwitchableBatchNorm
 from limpq_ext.models import CifarResNet
 
@@ -346,62 +342,3 @@ def test_a_cuda_graph_needs_a_model_on_cuda_and_no_compiler():
     model, x, _ = problem()
     with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
         trainer_of(model, x, cuda_graph=True)
-
-
-class CapturedOnHost(CapturedStep):
-    """Stands in for a CUDA graph: a replay computes into the tensors of the capture."""
-
-    def __init__(self, compute, parameters, x, target):
-        super().__init__(compute, parameters, x, target)
-
-        def replay():
-            for parameter in parameters:
-                parameter.grad = None
-            tree_map(Tensor.copy_, self._results, compute(self._x, self._target))
-            for parameter, grad in self._grads:
-                grad.copy_(parameter.grad)
-
-        self._graph.replay = replay
-
-
-def test_replays_take_new_batches_and_draws(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace())
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
-    monkeypatch.setattr("limpq_ext.joint.CapturedStep", CapturedOnHost)
-    model, x, target = problem("resnet")
-    seen = []
-    options = {"on_branch": lambda branch, output, _: seen.append((branch, output))}
-    captured, plain = trainer_of(model, x, **options), trainer_of(model, x)
-    captured.cuda_graph = True
-    for step in range(7):
-        batch = torch.randn(3 if step == 5 else 4, *x.shape[1:])
-        ours = captured.step(batch, target[: len(batch)])
-        reference = plain.step(batch, target[: len(batch)])
-        assert (captured._captured is not None) == (step >= 3)
-        assert [branch for branch, _ in seen] == list(ours.losses)
-        assert all(output.shape == (len(batch), 5) for _, output in seen)
-        for branch, loss in ours.losses.items():
-            torch.testing.assert_close(loss, reference.losses[branch], msg=f"{step} {branch}")
-        seen.clear()
-    for ours, reference in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, reference)
-
-
-@pytest.mark.cuda
-def test_a_captured_step_gives_the_gradients_of_an_ordinary_one():
-    with torch.device("cuda"), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
-        model, x, target = problem("resnet")
-        graphed = trainer_of(model, x, lr=0.01, cuda_graph=True)
-        plain = trainer_of(model, x, lr=0.01)
-        for step in range(8):
-            batch = torch.randn_like(x)
-            ours, reference = graphed.step(batch, target), plain.step(batch, target)
-            assert (graphed._captured is not None) == (step >= 3)
-            for branch, loss in ours.losses.items():
-                torch.testing.assert_close(loss, reference.losses[branch], rtol=1e-3, atol=1e-4)
-        for name, value in graphed.model.state_dict().items():
-            torch.testing.assert_close(
-                value, plain.model.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name
-            )
-        smaller = graphed.step(x[:2], target[:2])
-        assert all(loss.isfinite() for loss in smaller.losses.values())
