@@ -8,6 +8,7 @@ training, and at its end all processes get them.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -23,7 +24,9 @@ import numpy as np
 import torch
 
 from .distributed import agree, from_main, gather, is_distributed, is_main, rank, world_size
-from .files import FileFormatError, open_atomically, remove_leftovers
+from .files import FileFormatError, open_atomically, read_bytes, remove_leftovers
+from .indicators import StepSizes
+from .quantizers import mean_step_sizes
 
 FORMAT = "limpq-checkpoint"
 VERSION = 1
@@ -184,6 +187,41 @@ class Checkpoint:
                 f" with those, or {advice}"
             )
         return state
+
+
+def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
+    """The step sizes of all layers in a checkpoint of a joint training.
+
+    Raises:
+        OSError: If the file cannot be read.
+        FileFormatError: If it holds no joint training.
+    """
+    data = read_bytes(path, "checkpoint")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(f"not a readable checkpoint: {reason}") from error
+    state = _joint_state(content)
+    if state is None:
+        raise FileFormatError("holds no state of a joint training")
+    ending = ".weight_quantizer.scale"
+    for name in (key.removesuffix(ending) for key in state["model"] if key.endswith(ending)):
+        scales = (state["model"][f"{name}.{kind}_quantizer.scale"] for kind in ("weight", "input"))
+        weight, activation = (
+            dict(zip(state["bits"], mean_step_sizes(scale).tolist(), strict=True))
+            for scale in scales
+        )
+        yield name, weight, activation
+
+
+def _joint_state(content: Any) -> dict[str, Any] | None:
+    """The first state of a JointTrainer in containers of states."""
+    if not isinstance(content, dict):
+        return None
+    if {"bits", "model", "seed"} <= content.keys():
+        return content
+    return next(filter(None, map(_joint_state, content.values())), None)
 
 
 def random_states() -> dict[str, Any]:

@@ -442,7 +442,12 @@ def _is_first() -> bool:
 def _indicators(path: Path) -> Indicators:
     from .indicators import Indicators
 
-    return Indicators.from_limpq(path) if path.suffix == ".pkl" else Indicators.load(path)
+    readers = {
+        ".pkl": Indicators.from_limpq,
+        ".tar": Indicators.from_limpq_checkpoint,  # its checkpoints are called *.pth.tar
+        ".checkpoint": Indicators.from_checkpoint,
+    }
+    return readers.get(path.suffix, Indicators.load)(path)
 
 
 def _costs(

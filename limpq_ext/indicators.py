@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 import operator
 import os
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, get_args
 
 from limpq_ext.bits import check_bits
-from limpq_ext.files import STRICT, FileFormatError, load_document, read_bytes, save_document
+from limpq_ext.files import STRICT, FileFormatError, load_document, save_document
 
 FORMAT: Final = "limpq-indicators"
 VERSION: Final = 1
@@ -23,6 +21,9 @@ VERSION: Final = 1
 Kind = Literal["weight", "activation"]
 Rule = Literal["forbid", "isotonic", "keep"]
 Action = Literal["forbidden", "changed", "kept"]
+
+StepSizes = tuple[str, dict[int, float], dict[int, float]]
+"""A layer's name, and for each bit-width the step size of its weights and of its activations."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 RULES: Final[tuple[Rule, ...]] = get_args(Rule)
@@ -83,7 +84,7 @@ class Indicators:
     Raises:
         ValueError: If there are no layers or no bits, a bit-width is outside 2 to 16 or stands
             twice, two layers have one name, a layer lacks a bit-width or has another, or an
-            indicator is NaN, infinite, zero or negative. The message names the layer and the bits.
+            indicator is NaN, infinite or negative. The message names the layer and the bits.
     """
 
     bits: tuple[int, ...]
@@ -117,7 +118,7 @@ class Indicators:
         for b, value in values.items():
             if b not in self.bits:
                 raise ValueError(f"{what} at {b} bits: the candidates are {list(self.bits)}")
-            if not (math.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{what} at {b} bits is {value}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,17 +168,127 @@ class Indicators:
             OSError: If the file is missing (FileNotFoundError) or cannot be read.
             FileFormatError: If it is not such a pickle or its indicators are not valid.
         """
-        data = read_bytes(path, "LIMPQ indicators")
+        from limpq_ext import original
+
+        return cls._read(path, lambda: original.read_indicators(path), "LIMPQ")
+
+    @classmethod
+    def from_limpq_checkpoint(
+        cls, path: str | os.PathLike[str], bits: Sequence[int] = (6, 5, 4, 3, 2)
+    ) -> Indicators:
+        """Take the step sizes out of a checkpoint of LIMPQ's own indicator training.
+
+        Its ``state_dict`` holds ``LAYER.quan_w_fn.s`` and ``LAYER.quan_a_fn.s``, a step size for
+        each candidate; a ``module.`` before the names is taken off. Only tensors, containers,
+        strings and numbers are unpickled.
+
+        Args:
+            path: The file.
+            bits: The candidates in the order of that training's configuration (``target_bits``).
+
+        Returns:
+            The indicators, layers in the order of the checkpoint, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it is no such checkpoint or its step sizes are not valid.
+        """
+        from limpq_ext import original
+
+        return cls._read(path, lambda: original.read_step_sizes(path, tuple(bits)), "LIMPQ")
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str]) -> Indicators:
+        """Take the step sizes out of a checkpoint of a joint training, finished or not.
+
+        Args:
+            path: A `Checkpoint` of a run, or ``JointTrainer.state_dict()`` saved by ``torch.save``.
+
+        Returns:
+            The indicators as `JointTrainer.indicators` would have given them at that moment.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it holds no joint training or its step sizes are not valid.
+        """
+        from limpq_ext.checkpoint import read_step_sizes
+
+        return cls._read(path, lambda: read_step_sizes(path), "checkpoint")
+
+    @classmethod
+    def from_table(
+        cls,
+        weight: Mapping[str, Mapping[int, float]] | None = None,
+        activation: Mapping[str, Mapping[int, float]] | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Indicators:
+        """Search with any scores: what each layer costs at each bit-width.
+
+        Args:
+            weight: Name -> bits -> cost of the layer's weights, layers in the network's order; the
+                smaller the better, not negative. None: weights cost nothing at any bit-width.
+            activation: The same for the layer's input activations.
+            meta: Where they come from; anything that JSON has a form for.
+
+        Returns:
+            The scores as indicators, checked.
+
+        Raises:
+            ValueError: If there is no table, the tables are of different layers, or a cost is
+                missing, NaN, infinite or negative.
+        """
+        names = list(weight or activation or ())
+        if not names:
+            raise ValueError("indicators: the tables hold no layers")
+        first = next(iter((weight or activation or {}).values()))
+        nothing = {name: dict.fromkeys(first, 0.0) for name in names}
+        tables = {"weight": weight or nothing, "activation": activation or nothing}
+        for kind, table in tables.items():
+            for name in {*names, *table}:
+                if name not in table or name not in names:
+                    raise ValueError(f"layer {name!r} is missing in one of the tables, see {kind}")
+        layers = tuple(
+            LayerIndicators(name, *(dict(table[name]) for table in tables.values()))
+            for name in names
+        )
+        return cls(tuple(first), layers, dict(meta or {}))
+
+    @classmethod
+    def _read(
+        cls, path: str | os.PathLike[str], read: Callable[[], Iterable[StepSizes]], source: str
+    ) -> Indicators:
+        """Indicators from what a reader finds in a file."""
         try:
-            content = _PlainUnpickler(io.BytesIO(data)).load()
-        except Exception as error:  # a broken pickle raises almost anything
-            raise FileFormatError(f"{os.fspath(path)}: not read as a pickle: {error}") from error
-        try:
-            layers = tuple(_limpq_layers(content))
+            layers = tuple(LayerIndicators(*found) for found in read())
             bits = tuple(layers[0].weight) if layers else ()
-            return cls(bits, layers, {"source": f"LIMPQ, {Path(path).name}"})
+            return cls(bits, layers, {"source": f"{source}, {Path(path).name}"})
         except (ValueError, OverflowError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+    def normalised(self) -> Indicators:
+        """The same with a mean of 1 for each kind, so that alpha weighs the kinds as equals.
+
+        The mean is over all layers and bit-widths; a kind that is 0 everywhere stays so. Within a
+        kind all ratios are kept.
+        """
+        layers = self.layers
+        factors = {}
+        for kind in KINDS:
+            values = [value for layer in layers for value in getattr(layer, kind).values()]
+            mean = math.fsum(value / len(values) for value in values)
+            factors[kind] = 1 / mean if mean else 1.0
+        scaled = tuple(
+            LayerIndicators(
+                layer.name,
+                *(
+                    {b: value * factors[kind] for b, value in getattr(layer, kind).items()}
+                    for kind in KINDS
+                ),
+            )
+            for layer in layers
+        )
+        return dataclasses.replace(self, layers=scaled)
 
     def monotone(self, rule: Rule) -> tuple[Indicators, tuple[NonMonotone, ...]]:
         """Deal with indicators that do not fall as bits grow, and say what was done.
@@ -245,47 +356,3 @@ def _isotonic(values: Mapping[int, float]) -> dict[int, float]:
 
 def _mean(values: list[float]) -> float:
     return values[0] if len(values) == 1 else math.fsum(values) / len(values)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; whatever names a class or a function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
-
-
-def _limpq_layers(content: Any) -> Iterator[LayerIndicators]:
-    """The layers of an unpickled LIMPQ file.
-
-    Raises:
-        FileFormatError: If something in it is missing or of another type.
-    """
-    expected = {"weight": dict, "act": dict, "layer_name": list}
-    if not isinstance(content, dict) or content.keys() != expected.keys():
-        raise FileFormatError(f"does not hold a dict of exactly {', '.join(expected)}")
-    for key, kind in expected.items():
-        if not isinstance(content[key], kind):
-            raise FileFormatError(f"{key}: is no {kind.__name__}")
-    names = content["layer_name"]
-    for key in ("weight", "act"):
-        for name in content[key]:
-            if name not in names:
-                raise FileFormatError(f"{key}: layer {name!r} is not in layer_name")
-    for name in names:
-        if not isinstance(name, str):
-            raise FileFormatError(f"layer_name: {name!r} is no string")
-        weight, activation = (_limpq_values(content[key], key, name) for key in ("weight", "act"))
-        yield LayerIndicators(name.removeprefix("module."), weight, activation)
-
-
-def _limpq_values(layers: dict[Any, Any], key: str, name: str) -> dict[int, float]:
-    """The indicators of one layer, whose bits are strings in the file."""
-    values = layers.get(name)
-    if not isinstance(values, dict):
-        raise FileFormatError(f"{key}: layer {name!r} has no dict of indicators")
-    for b, value in values.items():
-        if not (isinstance(b, str) and b.isascii() and b.isdigit() and b == str(int(b))):
-            raise FileFormatError(f"{key}: layer {name!r}: {b!r} is no bit-width")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileFormatError(f"{key}: layer {name!r}: indicator at {b} bits is no number")
-    return {int(b): value for b, value in values.items()}

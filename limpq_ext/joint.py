@@ -221,6 +221,7 @@ class JointTrainer:
         return {
             "update": self._update.state_dict(),
             "seed": self.seed,
+            "bits": list(self._runner.candidates),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -229,11 +230,16 @@ class JointTrainer:
         """Go on from a state of :meth:`state_dict`, of the same model, bits and seed.
 
         Raises:
-            ValueError: The state is of a training with another seed.
+            ValueError: The state is of a training with another seed or other candidates.
             RuntimeError: The state is of another model.
         """
         if state_dict["seed"] != self.seed:
             raise ValueError(f"seed is {self.seed}, but the state is of seed {state_dict['seed']}")
+        if state_dict["bits"] != list(self._runner.candidates):
+            raise ValueError(
+                f"the candidates are {list(self._runner.candidates)}, but the state is of"
+                f" {state_dict['bits']}"
+            )
         self.model.load_state_dict(state_dict["model"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._update.load_state_dict(state_dict["update"])

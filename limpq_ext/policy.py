@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 
 from limpq_ext.bits import check_bits
 from limpq_ext.costs import FIXED_BITS, Costs
-from limpq_ext.files import STRICT, load_document, save_document
+from limpq_ext.files import STRICT, FileFormatError, load_document, save_document
 
 FORMAT: Final = "limpq-policy"
 VERSION: Final = 1
@@ -63,6 +63,59 @@ class BudgetUse:
     def kept(self) -> bool:
         """Whether the budget is kept."""
         return self.used >= self.limit if self.name == "compression" else self.used <= self.limit
+
+
+@dataclass(frozen=True)
+class ChangedLayer:
+    """A layer that two policies give different bits.
+
+    Attributes:
+        name: Name of the layer.
+        weight_bits: Of the policy that was asked.
+        activation_bits: Of the same.
+        other_weight_bits: Of the policy that it was compared with.
+        other_activation_bits: Of the same.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    other_weight_bits: int
+    other_activation_bits: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one policy differs from another; printed, it is a table.
+
+    Attributes:
+        layers: How many layers both have, the fixed ones too.
+        changed: Those with different bits, in the policy's order.
+        mean_bits: Mean weight and activation bits of the policy that was asked.
+        other_mean_bits: Those of the one that it was compared with.
+        ratios: "bitops" and "size" of the other over those of the policy, where costs were given.
+    """
+
+    layers: int
+    changed: tuple[ChangedLayer, ...]
+    mean_bits: tuple[float, float]
+    other_mean_bits: tuple[float, float]
+    ratios: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.changed), default=0)
+        lines = [
+            f"{layer.name:<{width}}  W{layer.weight_bits}A{layer.activation_bits}"
+            f" -> W{layer.other_weight_bits}A{layer.other_activation_bits}"
+            for layer in self.changed
+        ]
+        lines.append(f"{len(self.changed)} of {self.layers} layers differ")
+        means = (
+            f"W{weight:.2f}A{bits:.2f}" for weight, bits in (self.mean_bits, self.other_mean_bits)
+        )
+        lines.append(f"mean bits {' -> '.join(means)}")
+        lines += [f"{name} x {ratio:.4f}" for name, ratio in self.ratios.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -146,6 +199,88 @@ class Policy:
         """Name -> (weight bits, activation bits) of all layers, the fixed ones last."""
         layers = (*self.layers, *self.fixed)
         return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in layers}
+
+    def compare(self, other: Policy, costs: Costs | None = None) -> Comparison:
+        """How another policy of the same layers differs from this one.
+
+        Args:
+            other: The other one.
+            costs: Of the network; with them what both cost is compared as well.
+
+        Returns:
+            The differences; printed, it is a table.
+
+        Raises:
+            ValueError: If the policies, or the costs, are of different layers.
+        """
+        ours, theirs = self.bits(), other.bits()
+        for name in {**ours, **theirs}:
+            if name not in ours or name not in theirs:
+                raise ValueError(f"layer {name!r} is in one of the policies only")
+        changed = tuple(
+            ChangedLayer(name, *ours[name], *theirs[name])
+            for name in ours
+            if ours[name] != theirs[name]
+        )
+        ratios = {}
+        if costs is not None:
+            counts = {
+                "bitops": (costs.bitops(ours), costs.bitops(theirs)),
+                "size": (costs.size_bits(ours), costs.size_bits(theirs)),
+            }
+            ratios = {name: there / here for name, (here, there) in counts.items() if here}
+        return Comparison(len(ours), changed, self.mean_bits(), other.mean_bits(), ratios)
+
+    @classmethod
+    def from_limpq(cls, path: str | os.PathLike[str], layers: Iterable[str]) -> Policy:
+        """Read the lists ``weight_bits`` and ``act_bits`` of a fine-tuning of LIMPQ's own code.
+
+        Args:
+            path: Its YAML configuration.
+            layers: Names of the layers that the lists are about: those that are quantized and not
+                excepted, in the order of ``named_modules()``.
+
+        Returns:
+            The policy, without fixed layers.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read.
+            FileFormatError: If it has no such lists, or they do not fit the layers.
+            ImportError: If PyYAML is not installed.
+        """
+        from limpq_ext.original import read_bit_lists
+
+        names, lists = list(layers), read_bit_lists(path)
+        for key, values in zip(("weight_bits", "act_bits"), lists, strict=True):
+            if len(values) != len(names):
+                raise FileFormatError(
+                    f"{os.fspath(path)}: {key}: has {len(values)} entries for {len(names)} layers"
+                )
+        try:
+            return cls(tuple(map(LayerBits, names, *lists)), meta={"source": "LIMPQ"})
+        except ValueError as error:
+            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+    def save_limpq(self, path: str | os.PathLike[str], layers: Iterable[str] | None = None) -> None:
+        """Write the lists ``weight_bits`` and ``act_bits`` for LIMPQ's own fine-tuning.
+
+        Args:
+            path: The YAML file to write or to replace.
+            layers: Names of the searchable layers in the order of ``named_modules()``, which that
+                code counts by; by default the order of this policy.
+
+        Raises:
+            ValueError: If ``layers`` are not those of the policy.
+            OSError: If the file cannot be written.
+        """
+        from limpq_ext.original import write_bit_lists
+
+        bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
+        names = list(bits) if layers is None else list(layers)
+        if sorted(names) != sorted(bits):
+            odd = next((n for n in [*names, *bits] if names.count(n) != (n in bits)), None)
+            raise ValueError(f"layers: {odd!r} stands in the policy or in layers, not once in both")
+        write_bit_lists(path, *zip(*(bits[name] for name in names), strict=True))
 
     def mean_bits(self) -> tuple[float, float]:
         """Mean weight bits and mean activation bits over ``layers``, each counting the same."""

@@ -18,6 +18,19 @@ from .bits import check_bits
 from .ops import SCALE_MIN, fake_quantize, fake_quantize_selected, lsq_grad_factor, thresholds
 
 
+def mean_step_sizes(
+    scale: Tensor, scale_min: float = SCALE_MIN, scale_max: float = math.inf
+) -> Tensor:
+    """The step size in use for each bit-width, ``[K]``: the mean over channels if there are any.
+
+    Args:
+        scale: The parameter of a quantizer, ``[K]`` or ``[K, channels]``.
+        scale_min: Scales below this act as this.
+        scale_max: Scales above this act as this.
+    """
+    return scale.clamp(scale_min, scale_max).reshape(len(scale), -1).mean(dim=1)
+
+
 class LsqQuantizer(nn.Module):
     """Fake-quantizes a tensor at one of several bit-widths, each with a step size of its own.
 
@@ -156,9 +169,8 @@ class LsqQuantizer(nn.Module):
 
     def values(self) -> dict[int, float]:
         """The step size in use for each bit-width, the mean over channels where it has any."""
-        scale = self.scale.detach().clamp(self.scale_min, self.scale_max)
-        means = scale.reshape(len(self.bits), -1).mean(dim=1).tolist()
-        return dict(zip(self.bits, means, strict=True))
+        means = mean_step_sizes(self.scale.detach(), self.scale_min, self.scale_max)
+        return dict(zip(self.bits, means.tolist(), strict=True))
 
     def extra_repr(self) -> str:
         """Bit-widths and range, as printed in a model."""

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import collections
 import itertools
 import json
 import math
-import pickle
 import re
 
 import numpy as np
@@ -60,7 +58,6 @@ def test_bits_are_sorted_and_numbers_are_plain():
 WRONG = [
     ({**FALLING, 4: math.nan}, "layer 'layer3.0.conv2': weight indicator at 4 bits is nan"),
     ({**FALLING, 2: math.inf}, "layer 'layer3.0.conv2': weight indicator at 2 bits is inf"),
-    ({**FALLING, 3: 0.0}, "layer 'layer3.0.conv2': weight indicator at 3 bits is 0.0"),
     ({**FALLING, 3: -1.0}, "layer 'layer3.0.conv2': weight indicator at 3 bits is -1.0"),
     ({2: 0.4, 4: 0.1}, "layer 'layer3.0.conv2': weight indicator at 3 bits is missing"),
     (
@@ -115,90 +112,6 @@ def test_indicators_that_cannot_be_are_refused(bits, layers, message):
 def test_bits_have_to_be_integers(bits):
     with pytest.raises(TypeError, match="bits must be an integer"):
         Indicators((bits,), (LayerIndicators("a", {4: 1.0}, {4: 1.0}),))
-
-
-def limpq(**changes):
-    values = {"4": 0.1, "3": 0.2, "2": 0.4}
-    content = {
-        "weight": {"module.a": dict(values), "module.b": dict(values)},
-        "act": {"module.a": dict(values), "module.b": dict(values)},
-        "layer_name": ["module.b", "module.a"],
-    }
-    return {**content, **changes}
-
-
-def written(path, content):
-    path.write_bytes(pickle.dumps(content))
-    return path
-
-
-def test_limpq_pickles_are_read_in_their_order_without_the_prefix(tmp_path):
-    value = Indicators.from_limpq(written(tmp_path / "i.pkl", limpq()))
-    assert [layer.name for layer in value.layers] == ["b", "a"]
-    assert value.bits == (2, 3, 4)
-    assert value.layers[0] == LayerIndicators("b", FALLING, FALLING)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (limpq(layer_name=collections.OrderedDict()), r"collections\.OrderedDict"),
-        (limpq(act={"module.a": {"2": np.float64(1)}}), "numpy"),
-        (print, r"builtins\.print|__builtin__\.print"),
-    ],
-)
-def test_a_pickle_that_asks_for_any_global_is_refused_by_its_name(tmp_path, content, named):
-    with pytest.raises(FileFormatError, match=f"i.pkl: .* it asks for .*({named})"):
-        Indicators.from_limpq(written(tmp_path / "i.pkl", content))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ([1], "does not hold a dict of exactly weight, act, layer_name"),
-        ({"weight": {}, "act": {}}, "does not hold a dict of exactly"),
-        (limpq(weight=[]), "weight: is no dict"),
-        (limpq(layer_name=["module.a"]), "weight: layer 'module.b' is not in layer_name"),
-        (limpq(layer_name=["module.a", "module.b", "c"]), "weight: layer 'c' has no dict"),
-        (limpq(layer_name=["module.a", "module.b", 3]), "layer_name: 3 is no string"),
-        (limpq(weight={"module.a": {"x": 1.0}}), "weight: layer 'module.b' has no dict"),
-        (
-            limpq(weight={"module.a": {}, "module.b": {"2.0": 1.0}}),
-            "weight: layer 'module.b': '2.0' is no bit-width",
-        ),
-        (
-            limpq(weight={"module.a": {}, "module.b": {"2": "1"}}),
-            "weight: layer 'module.b': indicator at 2 bits is no number",
-        ),
-        (
-            limpq(weight={"module.a": {}, "module.b": {"2": 10**400}}),
-            "too large",
-        ),
-        (
-            limpq(act={"module.a": {"2": math.nan}, "module.b": {"2": 1.0}}),
-            "layer 'b': activation indicator at 3 bits is missing",
-        ),
-        (limpq(layer_name=["module.a", "module.b", "module.a"]), "layer 'a' stands twice"),
-        (limpq(weight={}, act={}, layer_name=[]), "no candidate bits"),
-    ],
-)
-def test_a_pickle_of_something_else_is_refused(tmp_path, content, reason):
-    with pytest.raises(FileFormatError, match=f"i.pkl: {reason}|i.pkl: .*{reason}"):
-        Indicators.from_limpq(written(tmp_path / "i.pkl", content))
-
-
-def test_every_cut_of_a_pickle_is_refused(tmp_path):
-    path = tmp_path / "i.pkl"
-    data = pickle.dumps(limpq())
-    for length in range(len(data)):
-        path.write_bytes(data[:length])
-        with pytest.raises(FileFormatError, match=r"i\.pkl: not read as a pickle"):
-            Indicators.from_limpq(path)
-
-
-def test_a_missing_pickle_is_a_file_not_found_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cannot read the LIMPQ indicators file"):
-        Indicators.from_limpq(tmp_path / "none.pkl")
 
 
 ODD = {2: 0.1, 3: 0.4, 4: 0.3}
@@ -257,3 +170,44 @@ def test_isotonic_never_rises_and_is_the_least_squares_answer(values):
             for b in range(i, len(values))
         )
         assert fitted[i] == pytest.approx(expected, rel=1e-9)
+
+
+# ------------------------------------------------------------------------- scores from elsewhere
+
+
+def test_a_table_of_scores_becomes_indicators():
+    weight = {"a": {4: 0.0, 2: 3.5}, "b": {2: 1.0, 4: 0.25}}
+    found = Indicators.from_table(weight, meta={"score": "Hessian trace"})
+    assert found.bits == (2, 4)
+    assert [layer.name for layer in found.layers] == ["a", "b"]
+    assert found.layers[0].weight == {2: 3.5, 4: 0.0}
+    assert found.layers[1].activation == {2: 0.0, 4: 0.0}
+    assert found.meta == {"score": "Hessian trace"}
+    other = Indicators.from_table(activation=weight)
+    assert other.layers[0].activation == {2: 3.5, 4: 0.0}
+    assert other.layers[0].weight == {2: 0.0, 4: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "message"),
+    [
+        (None, None, "hold no layers"),
+        ({"a": {2: 1.0}}, {"b": {2: 1.0}}, "is missing in one of the tables"),
+        ({"a": {2: 1.0}, "b": {3: 1.0}}, None, "layer 'b': weight indicator at 2 bits is missing"),
+        ({"a": {2: math.nan}}, None, "layer 'a': weight indicator at 2 bits is nan"),
+        ({"a": {2: -0.5}}, None, "layer 'a': weight indicator at 2 bits is -0.5"),
+    ],
+)
+def test_a_wrong_table_names_what_is_wrong(weight, activation, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Indicators.from_table(weight, activation)
+
+
+def test_normalised_indicators_have_a_mean_of_one_for_each_kind_and_the_same_ratios():
+    first = LayerIndicators("a", {2: 4.0, 4: 2.0}, {2: 0.0, 4: 0.0})
+    second = LayerIndicators("b", {2: 1.0, 4: 1.0}, {2: 0.0, 4: 0.0})
+    found = Indicators((2, 4), (first, second), {"steps": 1}).normalised()
+    assert found.layers[0].weight == {2: 2.0, 4: 1.0}
+    assert found.layers[1].weight == {2: 0.5, 4: 0.5}
+    assert found.layers[0].activation == {2: 0.0, 4: 0.0}
+    assert found.meta == {"steps": 1}

@@ -7,7 +7,7 @@ import pytest
 
 from limpq_ext.costs import Costs, LayerCost
 from limpq_ext.files import FileFormatError
-from limpq_ext.policy import BudgetUse, LayerBits, Policy
+from limpq_ext.policy import BudgetUse, ChangedLayer, LayerBits, Policy
 
 POLICY = Policy(
     layers=(LayerBits("a", 2, 5), LayerBits("b", 3, 6)),
@@ -118,3 +118,34 @@ def test_a_wrong_file_is_named_with_field_and_reason(tmp_path, old, new, message
     path.write_text(text.replace(old, new))
     with pytest.raises(FileFormatError, match=rf"policy\.json: {message}"):
         Policy.load(path)
+
+
+def test_a_comparison_names_the_layers_that_differ_and_what_they_cost():
+    layers = (LayerCost("a", "conv2d", 10, 4, 1), LayerCost("b", "conv2d", 20, 8, 1))
+    costs = Costs(layers, (LayerCost("conv1", "conv2d", 1, 4, 1),))
+    other = Policy((LayerBits("a", 2, 5), LayerBits("b", 6, 3)), POLICY.fixed)
+    comparison = POLICY.compare(other, costs)
+    assert comparison.layers == 3
+    assert comparison.changed == (ChangedLayer("b", 3, 6, 6, 3),)
+    assert comparison.mean_bits == (2.5, 5.5)
+    assert comparison.other_mean_bits == (4.0, 4.0)
+    assert comparison.ratios == {"bitops": 1.0, "size": (8 + 48 + 32) / (8 + 24 + 32)}
+    assert str(comparison).splitlines() == [
+        "b  W3A6 -> W6A3",
+        "1 of 3 layers differ",
+        "mean bits W2.50A5.50 -> W4.00A4.00",
+        "bitops x 1.0000",
+        "size x 1.3750",
+    ]
+
+
+def test_a_policy_does_not_differ_from_itself():
+    comparison = POLICY.compare(POLICY)
+    assert comparison.changed == ()
+    assert comparison.ratios == {}
+    assert "0 of 3 layers differ" in str(comparison)
+
+
+def test_policies_of_other_layers_are_not_compared():
+    with pytest.raises(ValueError, match="layer 'c' is in one of the policies only"):
+        POLICY.compare(Policy((*POLICY.layers, LayerBits("c", 2, 2)), POLICY.fixed))
