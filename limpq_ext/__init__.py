@@ -24,6 +24,7 @@ from .bank import WeightBank
 from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
 from .data import make_loader
+from .evaluation import Confusion, Evaluation, confuse, evaluate, reestimate_batch_norm
 from .failures import NonFiniteError
 from .files import FileFormatError
 from .finetune import finetune
@@ -43,13 +44,14 @@ from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 from .search import InfeasibleError, search, uniform
-from .training import Evaluation, Recording, evaluate
+from .training import Recording
 
 __version__ = metadata.version("limpq_ext")
 
 __all__ = [
     "ActivationQuantizer",
     "Checkpoint",
+    "Confusion",
     "Costs",
     "Evaluation",
     "FileFormatError",
@@ -74,6 +76,7 @@ __all__ = [
     "WeightBank",
     "WeightQuantizer",
     "apply_policy",
+    "confuse",
     "evaluate",
     "finetune",
     "lsq_fake_quantize",
@@ -83,6 +86,7 @@ __all__ = [
     "prepare",
     "profile",
     "quantized_layers",
+    "reestimate_batch_norm",
     "search",
     "select_bits",
     "uniform",

@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint
 from .costs import Costs, profile
 from .data import Data, load_data, make_loader
 from .distributed import broadcast_state, from_main, rank
+from .evaluation import Evaluation, evaluate
 from .files import open_atomically, remove_leftovers, write_json
 from .finetune import finetune
 from .indicators import Indicators
@@ -34,15 +35,7 @@ from .policy import Policy
 from .prepare import apply_policy, prepare
 from .recipe import LevelSection, Recipe, TrainingSection, dump_recipe
 from .search import UniformLevel, search
-from .training import (
-    EpochDone,
-    Evaluation,
-    Recording,
-    StepDone,
-    evaluate,
-    make_optimizer,
-    run_epochs,
-)
+from .training import EpochDone, Recording, StepDone, make_optimizer, run_epochs
 
 FLOAT_WEIGHTS = "float.safetensors"
 INDICATORS = "indicators.json"

@@ -1,4 +1,4 @@
-"""What every training stage shares: optimizers, the course of the learning rate, evaluation."""
+"""What every training stage shares: optimizers, the course of the learning rate, checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,7 +25,7 @@ from .checkpoint import (
     own_part,
     set_random_states,
 )
-from .distributed import add_up, broadcast_state, rank, world_size
+from .distributed import broadcast_state, rank, world_size
 from .failures import NonFiniteError
 from .metrics import Journal, Meter, Record, guarded_scales, memory
 from .quantizers import LsqQuantizer
@@ -38,60 +37,6 @@ StepDone = Callable[[int, int], None]
 
 EpochDone = Callable[[Record], None]
 """Called after every epoch with its numbers: "epoch" (from 1), "loss", "lr", ..."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model does on a data set.
-
-    Attributes:
-        accuracy: Share of samples whose highest score is their class, 0 to 1.
-        loss: Mean cross entropy in nats.
-        samples: How many samples were evaluated.
-    """
-
-    accuracy: float
-    loss: float
-    samples: int
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, on_step: StepDone | None = None
-) -> Evaluation:
-    """Evaluate a classifier; it is put back into the mode it was in.
-
-    In a run of several processes each evaluates the batches of its own loader, and all get the
-    result over all of them; :func:`limpq_ext.data.make_loader` gives each its share.
-
-    Args:
-        model: Maps a batch to class scores ``[batch, classes]``.
-        loader: Batches of inputs and class indices; moved to the model's device.
-        on_step: Called after every batch.
-
-    Raises:
-        ValueError: The loader gives no samples.
-    """
-    device = device_of(model)
-    training = model.training
-    model.eval()
-    # Counts are exact in float64 up to 2**53.
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    try:
-        for step, (x, target) in enumerate(loader, start=1):
-            x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
-            scores = model(x)
-            sums[0] += (scores.argmax(dim=1) == target).sum()
-            sums[1] += F.cross_entropy(scores, target, reduction="sum").double()
-            sums[2] += len(target)
-            if on_step is not None:
-                on_step(step, _length(loader))
-    finally:
-        model.train(training)
-    correct, loss, samples = add_up(sums).tolist()
-    if samples == 0:
-        raise ValueError("cannot evaluate on an empty data set")
-    return Evaluation(correct / samples, loss / samples, int(samples))
 
 
 def make_optimizer(
@@ -226,7 +171,7 @@ def run_epochs(
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, expected at least 1")
-    steps_per_epoch = _length(loader)
+    steps_per_epoch = length_of(loader)
     if steps_per_epoch == 0:
         raise ValueError("cannot train on an empty data set")
     total = epochs * steps_per_epoch
@@ -260,7 +205,7 @@ def run_epochs(
     signals = StopSignals()
     with signals.noticed(), _naming_kept(checkpoint):
         for epoch in range(course.step // steps_per_epoch + 1, epochs + 1):
-            batches = _batches(loader, epoch - 1, course.step % steps_per_epoch)
+            batches = batches_of_epoch(loader, epoch - 1, course.step % steps_per_epoch)
             if saved is not None:
                 # After the loader started, which may have drawn numbers.
                 _take_over(saved, meter, journal)
@@ -366,8 +311,8 @@ def _guarded(model: nn.Module, epoch: int, journal: Journal | None) -> Record:
     return {"guarded_scales": len(names)}
 
 
-def _batches(
-    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, skip: int
+def batches_of_epoch(
+    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, skip: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an epoch (from 0) but for the first ones, which are not loaded if possible."""
     batches: Any = getattr(loader, "batch_sampler", None)
@@ -421,7 +366,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _length(loader: Iterable[Any]) -> int:
+def length_of(loader: Iterable[Any]) -> int:
+    """How many batches a loader gives.
+
+    Raises:
+        ValueError: It has no length.
+    """
     if not isinstance(loader, Sized):
         raise ValueError("the loader has no length; pass a DataLoader or a list of batches")
     return len(loader)

@@ -52,7 +52,7 @@ def recording_in(folder, *, steps, log_steps=0, said=None):
     return Recording(checkpoint, journal, log_steps)
 
 
-def train(folder, *, cut=None, loader=None, workers=0, steps=1, optimizer="sgd", **options):
+def train(folder, *, cut=None, loader=None, workers=0, steps=1, log_steps=0, **options):
     """Three epochs of five steps; ``cut`` is the step after which it is cut off."""
     model = network()
     loader = loader or make_loader(Augmented(), batch_size=4, train=True, seed=5, workers=workers)
@@ -63,9 +63,9 @@ def train(folder, *, cut=None, loader=None, workers=0, steps=1, optimizer="sgd",
         if done == cut:
             raise CutOffError
 
-    recording = recording_in(folder, steps=steps, **options)
+    recording = recording_in(folder, steps=steps, log_steps=log_steps)
     records = finetune(
-        model, loader, epochs=3, lr=0.01, optimizer=optimizer, recording=recording, on_step=on_step
+        model, loader, epochs=3, lr=0.01, recording=recording, on_step=on_step, **options
     )
     return model.state_dict(), records
 
@@ -110,6 +110,21 @@ def test_it_does_so_with_loading_processes_and_adamw(tmp_path):
         train(tmp_path, cut=7, workers=2, optimizer="adamw")
     state, _ = train(tmp_path, workers=1, optimizer="adamw")
     assert_same(state, reference)
+
+
+def test_it_does_so_with_a_teacher_an_average_a_scaler_and_estimated_statistics(tmp_path):
+    options = {
+        "teacher": network(),
+        "ema_decay": 0.9,
+        "autocast": torch.float16,
+        "reestimate_batches": 2,
+    }
+    reference, _ = train(tmp_path, **options)
+    (tmp_path / "checkpoint").unlink()
+    for cut in (7, 15):
+        with pytest.raises(CutOffError):
+            train(tmp_path, cut=cut, **options)
+    assert_same(train(tmp_path, **options)[0], reference)
 
 
 def test_it_does_so_with_a_sampler_that_has_epochs(tmp_path):

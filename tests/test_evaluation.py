@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from limpq_ext import confuse, evaluate, reestimate_batch_norm
+
+
+class Table(nn.Module):
+    """Scores by the number of the sample."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(scores, dtype=torch.float32))
+
+    def forward(self, x):
+        return self.scores[x]
+
+
+def samples(targets, batch=2):
+    return list(
+        zip(
+            torch.arange(len(targets)).split(batch),
+            torch.tensor(targets).split(batch),
+            strict=True,
+        )
+    )
+
+
+def one_hot(*places, classes):
+    return torch.eye(classes)[list(places)].tolist()
+
+
+def test_evaluate_counts_and_keeps_the_mode():
+    generator = torch.Generator().manual_seed(0)
+    model = Table(torch.randn(24, 7, generator=generator).tolist()).train()
+    targets = torch.randint(7, (24,), generator=generator)
+    result = evaluate(model, samples(targets.tolist(), batch=5))
+    assert model.training
+    scores = model.scores.detach()
+    assert result.samples == 24
+    assert result.accuracy == float((scores.argmax(1) == targets).double().mean())
+    assert result.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)))
+    best = scores.argsort(1, descending=True)[:, :5]
+    assert result.top5 == float((best == targets[:, None]).any(1).double().mean())
+
+
+def test_each_class_has_its_own_accuracy():
+    model = Table(one_hot(0, 0, 1, 1, 0, classes=3))
+    result = evaluate(model, samples([0, 0, 0, 1, 1]))
+    assert result.class_accuracy == (2 / 3, 1 / 2, None)
+    assert result.top5 is None
+
+
+def test_confusion_counts_what_both_say_and_who_is_right():
+    model = Table(one_hot(0, 1, 2, 2, 0, classes=3)).train()
+    reference = Table(one_hot(0, 0, 2, 1, 1, classes=3))
+    result = confuse(model, reference, samples([0, 1, 1, 1, 2]))
+    assert result.counts == ((1, 1, 0), (1, 0, 1), (0, 0, 1))
+    assert (result.samples, result.agreement) == (5, 2 / 5)
+    assert (result.gained, result.lost) == (1 / 5, 1 / 5)
+    assert model.training
+
+
+def test_nothing_to_evaluate_or_compare_is_an_error():
+    model = Table([[0.0, 1.0]])
+    with pytest.raises(ValueError, match="cannot evaluate on an empty data set"):
+        evaluate(model, [])
+    with pytest.raises(ValueError, match="cannot evaluate on an empty data set"):
+        confuse(model, model, [])
+    with pytest.raises(ValueError, match=r"scores of shape \(1, 2\) and \(1, 3\)"):
+        confuse(model, Table([[0.0, 1.0, 2.0]]), samples([0]))
+
+
+def test_batch_norm_statistics_become_the_means_over_the_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.3)).eval()
+    batches = [(torch.randn(6, 3), torch.zeros(6)) for _ in range(4)]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model[1].running_mean.fill_(99)
+    reestimate_batch_norm(model, iter(batches))
+    with torch.no_grad():
+        inputs = [model[0](x) for x, _ in batches]
+    torch.testing.assert_close(
+        model[1].running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0)
+    )
+    torch.testing.assert_close(
+        model[1].running_var, torch.stack([x.var(0) for x in inputs]).mean(0)
+    )
+    assert model[1].momentum == 0.3
+    assert not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="no batches"):
+        reestimate_batch_norm(model, [])
+    reestimate_batch_norm(nn.Linear(3, 4), [])
