@@ -274,7 +274,9 @@ def profile(
     """Count the costs of a model's layers exactly, without computing anything.
 
     One sample is followed through the model on fake tensors; MACs come from the real shapes of what
-    each layer puts out, for grouped and depthwise convolutions too.
+    each layer puts out, for grouped, depthwise and transposed convolutions too. Products without a
+    weight, as of queries and keys, are not counted. Attention is followed through its projections,
+    under the names that :func:`limpq_ext.prepare` gives them.
 
     Args:
         model: Any module that :func:`limpq_ext.prepare` accepts; it is not changed.
@@ -305,4 +307,6 @@ def profile(
             "model": type(model).__name__,
             "input_shapes": [list(value.shape[1:]) for value in inputs],
         },
+        shared_inputs=found.shared_inputs,
+        tensors=found.tensors,
     )

@@ -119,6 +119,11 @@ class OwnProduct(nn.Module):
         return x @ self.matrix
 
 
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
 class Recurrent(nn.LSTM):
     def forward(self, x):
         return super().forward(x.flatten(1).unsqueeze(1))[0]
@@ -127,9 +132,9 @@ class Recurrent(nn.LSTM):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.MultiheadAttention(8, 2), r"'1' \(MultiheadAttention\): it reads its projections'"),
         (Recurrent(8, 8), r"'1' \(Recurrent\): it computes all its steps"),
-        (nn.ConvTranspose2d(4, 4, 3), r"'1' \(ConvTranspose2d\): transposed"),
+        (OwnAttention(8, 2), r"'1' \(OwnAttention\): it changes nn\.MultiheadAttention\.forward"),
+        (nn.Bilinear(8, 8, 8), r"'1' \(Bilinear\): a product of two inputs"),
         (StandardizedConv2d(4, 4, 1), r"'1' \(StandardizedConv2d\): it changes its weight"),
         (OwnProduct(), r"'1' \(OwnProduct\): it calls .*matmul.* with a parameter of its own"),
     ],
