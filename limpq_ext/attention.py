@@ -218,13 +218,8 @@ def with_layers(model: nn.Module, replaced: Callable[[str], bool]) -> nn.Module:
         replaced: Whether to replace the attention of this name in ``named_modules()``.
 
     Returns:
-        ``model`` where there is nothing to replace; else a copy of its modules that shares its
-        parameters and buffers.
+        A copy of the modules that shares the parameters and buffers.
     """
-    if not any(
-        _reads_past_layers(module) and replaced(name) for name, module in model.named_modules()
-    ):
-        return model
     tensors = itertools.chain(model.parameters(), model.buffers())
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     names = {module: name for name, module in model.named_modules()}

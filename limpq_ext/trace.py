@@ -6,8 +6,7 @@ feeds each batch normalisation, and which tensors are held between the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -127,7 +126,8 @@ def trace(
         ValueError: The model has a part that cannot be quantized truly and is not excluded, a
             pattern matches nothing, or its forward cannot be followed.
     """
-    model = with_layers(model, lambda name: not matches(name, exclude))
+    # A copy: a forward may keep what it computed, and fake tensors must not stay in the model.
+    model = with_layers(model, lambda name: not matches(name, exclude)).eval()
     names = {module: name for name, module in model.named_modules()}
     check_patterns(exclude, names.values(), "exclude")
     recorder = _Recorder(names, exclude)
@@ -140,7 +140,8 @@ def trace(
                 f"example_input has shape {tuple(value.shape)}, expected a batch of at least 1"
             )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _evaluating(model), recorder.hooks(), torch.enable_grad():
+    recorder.register_hooks()
+    with torch.enable_grad():
         fakes = [fake_mode.from_tensor(value[:1].detach()) for value in inputs]
         recorder.start(fakes)
         try:
@@ -248,15 +249,10 @@ class _Recorder(TorchFunctionMode):
                 " batch first"
             )
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self.names:
-                before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-                stack.callback(before.remove)
-                after = module.register_forward_hook(self._leave)
-                stack.callback(after.remove)
-            yield
+    def register_hooks(self) -> None:
+        for module in self.names:
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            module.register_forward_hook(self._leave)
 
     def start(self, inputs: Sequence[Tensor]) -> None:
         for value in inputs:
@@ -408,15 +404,3 @@ def _tensors(content: Any) -> list[Tensor]:
         for leaf in tree_leaves(content)
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
     ]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
