@@ -8,21 +8,13 @@ import torch
 pytest.importorskip("torchvision")
 
 from torch.nn import functional as F
-from zoo import TIMM, TORCHVISION, small_model
+from zoo import TIMM, TINY, TORCHVISION, small_model
 
 import limpq_ext as lq
 from limpq_ext.models import load_weights, save_weights
 
 BITS = (2, 4)
-FAST = [
-    "resnet18",
-    "mobilenet_v2",
-    "squeezenet1_1",
-    "shufflenet_v2_x0_5",
-    "vit_tiny_patch16_224",
-    "eva02_tiny_patch14_224",
-    "mobilevit_xxs",
-]
+FAST = [*TINY, "resnet18", "mobilenet_v2", "beit_base_patch16_224"]
 
 # What cannot be prepared, and why. At most three.
 REFUSED: dict[str, str] = {}
@@ -38,7 +30,7 @@ def test_at_most_three_are_refused():
     "name",
     [
         name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*TORCHVISION, *TIMM)
+        for name in (*TINY, *TORCHVISION, *TIMM)
     ],
 )
 def test_a_network_goes_through_every_stage(name, tmp_path):

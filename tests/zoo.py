@@ -9,6 +9,11 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
@@ -57,7 +62,42 @@ def _shallow_regnet():
     return RegNet(parameters, num_classes=CLASSES)
 
 
+def _tiny_vit():
+    return VisionTransformer(
+        image_size=16,
+        patch_size=8,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        num_classes=CLASSES,
+    )
+
+
+def _tiny_swin(**options):
+    return SwinTransformer(
+        patch_size=[2, 2],
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=[3, 3],
+        num_classes=CLASSES,
+        **options,
+    )
+
+
+def _tiny_swin_v2():
+    return _tiny_swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
+
+
+TINY = {
+    "tiny vit": Entry(16, build=_tiny_vit),
+    "tiny swin": Entry(16, build=_tiny_swin),
+    "tiny swin v2": Entry(16, build=_tiny_swin_v2),
+}
+
 SPECIAL = {
+    **TINY,
     "alexnet": Entry(63),
     "convnext_large": Entry(build=_shallow_convnext),
     "inception_v3": Entry(75, {"init_weights": False, "aux_logits": False}),
