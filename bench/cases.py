@@ -167,7 +167,9 @@ def _build_single(
         if one_element:
             scale = torch.full((1,), 0.05, device=device)
         elif signed:
-            scale = weight_start_scale(x, 4, per_channel=channel_axis == 0).reshape(-1)
+            scale = weight_start_scale(x, 4, channel_axis=0 if channel_axis == 0 else None).reshape(
+                -1
+            )
         else:
             scale = (2 * x.mean() / math.sqrt(quant_max)).reshape(1)
         x = x.to(dtype).requires_grad_()

@@ -22,10 +22,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
+from .attention import ProjectedAttention, ProjectedWindows
 from .layers import QuantizedLayer, SwitchableBatchNorm
 from .quantizers import LsqQuantizer
 
 _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
+# Their forwards look at shapes, which a graph does not know.
+_LEAVES = (*_SWITCHED, ProjectedAttention, ProjectedWindows)
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
@@ -111,7 +114,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else a change of a buffer would not stand in the graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _SWITCHED) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
@@ -255,7 +258,8 @@ def _shared_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
             module = modules[node.target]
             # State that several calls update depends on the order of the branches' calls.
             state = calls[module] > 1 and any(True for _ in module.buffers())
-            varies = varies or isinstance(module, _SWITCHED) or state
+            switched = any(isinstance(part, _SWITCHED) for part in module.modules())
+            varies = varies or switched or state
         if varies:
             branching.add(node)
         else:

@@ -50,6 +50,8 @@ class LiveTensor:
     """A tensor between two layers, and how long it is needed; checked as part of `Costs`.
 
     Time is counted in layer calls: moment 0 is the first call of a quantizable layer in a forward.
+    A layer's output and the normalisation and activation after it are one tensor;
+    :mod:`limpq_ext.liveness` has all the rules by which :func:`profile` finds tensors.
 
     Attributes:
         elements: Number of its elements for one sample.
@@ -80,7 +82,8 @@ class Costs:
         fixed: The first and the last layer.
         meta: Where the numbers come from; anything that JSON has a form for.
         fixed_bits: Bit-width of the fixed layers where an assignment does not say.
-        shared_inputs: Groups of two or more layers that read one and the same tensor.
+        shared_inputs: Groups of two or more layers that read one and the same tensor, also in
+            another shape; an element-wise function makes another tensor.
         tensors: What is held between the layers, for `activation_memory_bits`; empty: not known.
 
     Raises:
@@ -274,7 +277,9 @@ def profile(
     """Count the costs of a model's layers exactly, without computing anything.
 
     One sample is followed through the model on fake tensors; MACs come from the real shapes of what
-    each layer puts out, for grouped and depthwise convolutions too.
+    each layer puts out, for grouped, depthwise and transposed convolutions too. Products without a
+    weight, as of queries and keys, are not counted. Attention is followed through its projections,
+    under the names that :func:`limpq_ext.prepare` gives them.
 
     Args:
         model: Any module that :func:`limpq_ext.prepare` accepts; it is not changed.
@@ -305,4 +310,6 @@ def profile(
             "model": type(model).__name__,
             "input_shapes": [list(value.shape[1:]) for value in inputs],
         },
+        shared_inputs=found.shared_inputs,
+        tensors=found.tensors,
     )

@@ -6,7 +6,7 @@ same attributes, the same isinstance; what is added are two quantizers, or rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +82,18 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
     """nn.Conv3d on quantized input and weight."""
 
 
+class QuantConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d on quantized input and weight."""
+
+
+class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on quantized input and weight."""
+
+
+class QuantConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d on quantized input and weight."""
+
+
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on quantized input and weight."""
 
@@ -95,6 +107,9 @@ QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
 }
 
@@ -124,12 +139,13 @@ def quantize_layer(
     """A quantized layer that shares the parameters of ``module``, also of a subclass.
 
     Args:
-        module: nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear or a subclass of one. A subclass with a
-            ``forward`` of its own runs that, on the quantized input and with the quantized weight
-            in the place of ``self.weight``.
+        module: nn.Conv1d, 2d or 3d, nn.ConvTranspose1d, 2d or 3d, nn.Linear or a subclass of one.
+            A subclass with a ``forward`` of its own runs that, on the quantized input and with the
+            quantized weight in the place of ``self.weight``.
         weight_bits: Candidate bit-widths of the weights, each 2 to 16.
         activation_bits: Candidate bit-widths of the input.
-        per_channel_weights: One weight scale per output channel.
+        per_channel_weights: One weight scale per output channel; of a transposed convolution, one
+            per output channel of a group, which is the second axis of its weight.
         symmetric_weights: Leave out the lowest weight value, so that the range is symmetric.
         scale_max: Upper bound of the scales in use.
         name: What errors call the layer.
@@ -144,7 +160,7 @@ def quantize_layer(
         raise TypeError(
             f"layer '{name}' is a {type(module).__name__}; quantized are {supported} and subclasses"
         )
-    layer = _with_class(
+    layer = with_class(
         module, _quantized_class(type(module), base, overrides_forward(module, base))
     )
     weight = layer.weight
@@ -153,6 +169,7 @@ def quantize_layer(
         weight,
         weight_bits,
         per_channel=per_channel_weights,
+        channel_axis=int(getattr(module, "transposed", False)),
         symmetric=symmetric_weights,
         name=f"layer '{name}': weight quantizer",
         **options,
@@ -196,7 +213,7 @@ class SwitchableBatchNorm(_BatchNorm):
     ) -> SwitchableBatchNorm:
         """One row for each of ``bits``, all equal to ``module``, which is left as it is."""
         base = type(module)
-        norm = _with_class(module, _switchable_class(base))
+        norm = with_class(module, _switchable_class(base))
         for name in cls._stacked:
             value = getattr(module, name)
             if value is None:
@@ -262,6 +279,21 @@ class SwitchableBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def swap_modules(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace modules wherever they stand, in place; a shared one stays shared.
+
+    Returns:
+        The model, or what replaces it.
+    """
+    if model in swap:
+        return swap[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in swap:
+                parent._modules[name] = swap[child]
+    return model
+
+
 @contextmanager
 def _in_place_of(module: nn.Module, **tensors: Tensor | None) -> Iterator[None]:
     """Let ``module.name`` be another tensor for a while.
@@ -286,7 +318,7 @@ def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
             module.__dict__[name] = tensor
 
 
-def _with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
+def with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
     """A twin of ``module`` of another class: the same tensors and submodules, its own dicts."""
     twin = cls.__new__(cls)
     for key, value in module.__dict__.items():

@@ -6,12 +6,18 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import QuantizedLayer, SwitchableBatchNorm, quantizable_base, quantize_layer
+from .attention import with_layers
+from .layers import (
+    QuantizedLayer,
+    SwitchableBatchNorm,
+    quantizable_base,
+    quantize_layer,
+    swap_modules,
+)
 from .policy import Policy
 from .quantizers import check_candidates
 from .trace import matches, split_layers, trace
@@ -60,7 +66,7 @@ def prepare(
             f"left in float, since the forward did not reach them: {_some(found.unused)}",
             stacklevel=2,
         )
-    prepared = copy.deepcopy(model)
+    prepared = copy.deepcopy(with_layers(model, lambda name: not matches(name, exclude)))
     modules = dict(prepared.named_modules())
     swap: dict[nn.Module, nn.Module] = {}
     for name in searchable:
@@ -78,7 +84,7 @@ def prepare(
             norm = modules[name]
             assert isinstance(norm, _BatchNorm)
             swap[norm] = SwitchableBatchNorm.from_float(norm, candidates, source)
-    prepared = _swap_modules(prepared, swap)
+    prepared = swap_modules(prepared, swap)
     select_bits(prepared, max(candidates))
     return prepared
 
@@ -106,7 +112,10 @@ def apply_policy(
         ValueError: The policy names a layer that the model does not have or that cannot be
             quantized.
     """
-    quantized = copy.deepcopy(model)
+    chosen = [layer.name for layer in (*policy.layers, *policy.fixed)]
+    quantized = copy.deepcopy(
+        with_layers(model, lambda name: any(layer.startswith(f"{name}.") for layer in chosen))
+    )
     modules = dict(quantized.named_modules())
     swap: dict[nn.Module, nn.Module] = {}
     for layer in (*policy.layers, *policy.fixed):
@@ -136,7 +145,7 @@ def apply_policy(
         warnings.warn(
             f"left in float, since the policy has no bits for them: {_some(missing)}", stacklevel=2
         )
-    return _swap_modules(quantized, swap)
+    return swap_modules(quantized, swap)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -172,17 +181,6 @@ def select_bits(model: nn.Module, bits: int | Mapping[str, tuple[int, int]]) -> 
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm):
             module.select(chosen[module.source][0])
-
-
-def _swap_modules(model: nn.Module, swap: dict[nn.Module, nn.Module]) -> Any:
-    """Replace modules wherever they stand; a shared one stays shared."""
-    if model in swap:
-        return swap[model]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in swap:
-                parent._modules[name] = swap[child]
-    return model
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

@@ -193,20 +193,28 @@ class WeightQuantizer(LsqQuantizer):
     """Quantizes weights: signed, its start values taken from the weights it is made for.
 
     Args:
-        weight: The float weights, any shape; ``channel_axis`` is their output channel.
+        weight: The float weights, any shape.
         bits: As for :class:`LsqQuantizer`.
-        per_channel: One scale per output channel instead of one for all.
+        per_channel: One scale per output channel instead of one for all. The importance indicator,
+            as :meth:`values` gives it, is the mean of the channels' scales.
+        channel_axis: The axis of the output channels.
         **options: As for :class:`LsqQuantizer`.
     """
 
     def __init__(
-        self, weight: Tensor, bits: Sequence[int], *, per_channel: bool = False, **options: Any
+        self,
+        weight: Tensor,
+        bits: Sequence[int],
+        *,
+        per_channel: bool = False,
+        channel_axis: int = 0,
+        **options: Any,
     ) -> None:
-        channels = weight.shape[0] if per_channel else None
-        super().__init__(bits, signed=True, channels=channels, **options)
+        channels = weight.shape[channel_axis] if per_channel else None
+        super().__init__(bits, signed=True, channels=channels, channel_axis=channel_axis, **options)
         self.to(weight.device)
         for index, width in enumerate(self.bits):
-            self.set_scale(index, weight_start_scale(weight, width, per_channel=per_channel))
+            self.set_scale(index, weight_start_scale(weight, width, channel_axis=self.channel_axis))
 
 
 class ActivationQuantizer(LsqQuantizer):
@@ -252,25 +260,26 @@ class ActivationQuantizer(LsqQuantizer):
         self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))
 
 
-def weight_start_scale(weight: Tensor, bits: int, *, per_channel: bool = False) -> Tensor:
+def weight_start_scale(weight: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:
     """LIMPQ's start value of a weight scale: ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits-1)``.
 
     Args:
-        weight: Float weights; the first axis is the output channel.
+        weight: Float weights.
         bits: 2 to 16.
-        per_channel: Over each output channel instead of all weights.
+        channel_axis: Over each channel along this axis; None: over all weights.
 
     Returns:
-        A scalar, or ``[weight.shape[0]]``.
+        A scalar, or ``[weight.shape[channel_axis]]``.
     """
     values = weight.detach().float()
-    values = values.reshape(weight.shape[0], -1) if per_channel else values.reshape(1, -1)
+    values = values.reshape(1, -1) if channel_axis is None else values.movedim(channel_axis, 0)
+    values = values.flatten(1)
     mean = values.mean(dim=1)
     # The deviation of a single weight is 0, not undefined.
     deviation = values.std(dim=1, correction=min(1, values.shape[1] - 1))
     scale = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
     scale = scale / 2 ** (bits - 1)
-    return scale if per_channel else scale[0]
+    return scale[0] if channel_axis is None else scale
 
 
 def check_candidates(bits: Sequence[int]) -> tuple[int, ...]:

@@ -1,13 +1,12 @@
 """What happens in a model's forward, found with fake tensors: no computation, no memory, no data.
 
-From one traced forward come the order of the quantizable layers, what each costs, and which layer
-feeds each batch normalisation.
+From one traced forward come the order of the quantizable layers, what each costs, which layer
+feeds each batch normalisation, and which tensors are held between the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -18,9 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from .attention import ProjectedAttention, with_layers
+from .costs import LiveTensor
 from .layers import overrides_forward, quantizable_base
+from .liveness import Flow, Kind
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class TracedLayer:
 
     Attributes:
         name: Its name in ``named_modules()``; a shared module has one name.
-        kind: "conv1d", "conv2d", "conv3d" or "linear".
+        kind: The class that is quantized: "conv2d", "convtranspose1d", "linear", ...
         macs: Multiply-accumulates, over all its calls.
         weights: Elements of its weight.
         activations: Elements of the inputs that are quantized, over all its calls.
@@ -50,20 +52,23 @@ class Trace:
         layers: The quantizable layers, in the order in which they first ran.
         norm_sources: For each batch normalisation, the layer whose output reaches it last.
         unused: Quantizable layers that did not run.
+        shared_inputs: Groups of layers that read one and the same tensor.
+        tensors: What is held between the layers; liveness.py has the rules.
     """
 
     layers: tuple[TracedLayer, ...]
     norm_sources: dict[str, str]
     unused: tuple[str, ...]
+    shared_inputs: tuple[tuple[str, ...], ...]
+    tensors: tuple[LiveTensor, ...]
 
 
 # Modules that compute with weights that this package would leave in float, and why.
 _REFUSED: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "it reads its projections' weights directly, past their own forward",
+    nn.MultiheadAttention: "it changes nn.MultiheadAttention.forward, which multiplies by weights",
     nn.RNNBase: "it computes all its steps in one fused call that has no place for quantizers",
     nn.RNNCellBase: "it computes its gates in one fused call that has no place for quantizers",
     nn.Bilinear: "a product of two inputs and a weight has no quantized form here",
-    nn.modules.conv._ConvTransposeNd: "transposed convolutions have no quantized form here",
 }
 
 # Functions that multiply by a weight; with a parameter outside a known layer they would stay float.
@@ -92,6 +97,16 @@ _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     ]
 )
 
+# Functions by what they do with values, where their outputs' memory does not show it.
+_SAME = {
+    *("reshape", "flatten", "contiguous", "clone", "to", "roll", "flip"),
+    *("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
+}
+_MOVES = {
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad", "repeat"),
+    *("repeat_interleave", "unfold", "__getitem__", "index_select", "gather", "take_along_dim"),
+}
+
 
 def trace(
     model: nn.Module,
@@ -111,6 +126,8 @@ def trace(
         ValueError: The model has a part that cannot be quantized truly and is not excluded, a
             pattern matches nothing, or its forward cannot be followed.
     """
+    # A copy: a forward may keep what it computed, and fake tensors must not stay in the model.
+    model = with_layers(model, lambda name: not matches(name, exclude)).eval()
     names = {module: name for name, module in model.named_modules()}
     check_patterns(exclude, names.values(), "exclude")
     recorder = _Recorder(names, exclude)
@@ -123,11 +140,13 @@ def trace(
                 f"example_input has shape {tuple(value.shape)}, expected a batch of at least 1"
             )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _evaluating(model), recorder.hooks(), torch.enable_grad():
+    recorder.register_hooks()
+    with torch.enable_grad():
         fakes = [fake_mode.from_tensor(value[:1].detach()) for value in inputs]
+        recorder.start(fakes)
         try:
             with fake_mode, recorder:
-                model(*fakes)
+                output = model(*fakes)
         except _RefusedError as refusal:
             raise ValueError(str(refusal)) from None
         except Exception as error:
@@ -137,7 +156,7 @@ def trace(
                 f" {[tuple(value.shape) for value in fakes]}:"
                 f" {type(error).__name__}: {first_line}"
             ) from error
-    return recorder.result()
+    return recorder.result(output)
 
 
 def split_layers(
@@ -197,6 +216,15 @@ class _Recorder(TorchFunctionMode):
         self.order: list[str] = []
         self.totals: dict[str, TracedLayer] = {}
         self.norm_sources: dict[str, str] = {}
+        self.flow = Flow()
+        # The layer, by its place in the order, that each value comes from last.
+        self.sources: dict[int, int] = {}
+        self.values: dict[tuple[int, ...], int] = {}
+        self.memories: dict[tuple[int, int], int] = {}
+        # Their memory must not be used again: values are known by their place in it.
+        self.kept: list[Tensor] = []
+        self.read: list[int] = []
+        self.watching = True
 
     def quantizable(self, module: nn.Module) -> bool:
         return quantizable_base(module) is not None and not matches(
@@ -207,7 +235,7 @@ class _Recorder(TorchFunctionMode):
         if matches(name, self.exclude):
             return
         for refused, reason in _REFUSED.items():
-            if isinstance(module, refused):
+            if isinstance(module, refused) and not isinstance(module, ProjectedAttention):
                 raise ValueError(
                     f"cannot quantize '{name}' ({type(module).__name__}): {reason};"
                     f" exclude=['{name}'] leaves it in float"
@@ -221,31 +249,42 @@ class _Recorder(TorchFunctionMode):
                 " batch first"
             )
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self.names:
-                before = module.register_forward_pre_hook(self._enter)
-                stack.callback(before.remove)
-                after = module.register_forward_hook(self._leave)
-                stack.callback(after.remove)
-            yield
+    def register_hooks(self) -> None:
+        for module in self.names:
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            module.register_forward_hook(self._leave)
 
-    def result(self) -> Trace:
+    def start(self, inputs: Sequence[Tensor]) -> None:
+        for value in inputs:
+            self._set_value(value, self.flow.add_input(value.numel()))
+
+    def result(self, output: Any) -> Trace:
         unused = [
             name
             for module, name in self.names.items()
             if self.quantizable(module) and name not in self.totals
         ]
         layers = tuple(self.totals[name] for name in self.order)
-        return Trace(layers, self.norm_sources, tuple(unused))
+        self.flow.set_outputs(self._values_of(output))
+        return Trace(
+            layers,
+            self.norm_sources,
+            tuple(unused),
+            self.flow.shared_inputs(),
+            self.flow.tensors(),
+        )
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.active.append(module)
         if isinstance(module, _BatchNorm):
-            source = _source_of(inputs)
-            if source is not None:
-                self.norm_sources.setdefault(self.names[module], self.order[source])
+            sources = [self.sources.get(value, -1) for value in self._values_of((inputs, kwargs))]
+            if max(sources, default=-1) >= 0:
+                self.norm_sources.setdefault(self.names[module], self.order[max(sources)])
+        if self.quantizable(module):
+            x = _tensors((inputs, kwargs))[0]
+            values = self._values_of(x) or [self.flow.add_input(x.numel(), held=False)]
+            self._set_value(x, values[0])
+            self.read.append(values[0])
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.active.pop()
@@ -258,24 +297,81 @@ class _Recorder(TorchFunctionMode):
         if before is None:
             self.order.append(name)
             before = TracedLayer(name, base.__name__.lower(), 0, weight.numel(), 0)
-        # Each output element sums the weights of one output channel.
-        macs = output.numel() * (weight.numel() // weight.shape[0])
+        value = self.read.pop()
+        elements = self.flow.elements(value)
+        # Each output element sums the weights of one output channel; transposed, each input
+        # element is multiplied by those of its channel.
+        times = elements if getattr(module, "transposed", False) else output.numel()
         self.totals[name] = replace(
-            before, macs=before.macs + macs, activations=before.activations + inputs[0].numel()
+            before,
+            macs=before.macs + times * (weight.numel() // weight.shape[0]),
+            activations=before.activations + elements,
         )
-        _set_source(output, self.order.index(name))
+        result = self.flow.add_call(Kind.LAYER, [value], output.numel(), name)
+        self._set_value(output, result)
+        self.sources[result] = self.order.index(name)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self.watching:
+            return func(*args, **kwargs)
         if func in _PRODUCTS:
             self._check_product(func, args, kwargs)
+        inputs = self._values_of((args, kwargs))
+        # Within a layer, what goes in and comes out is all that counts.
+        if not inputs or self.read:
+            return func(*args, **kwargs)
+        before = [(leaf, self._key(leaf)) for leaf in _tensors((args, kwargs))]
         output = func(*args, **kwargs)
-        source = _source_of((args, kwargs))
-        if source is not None:
-            _set_source(output, source)
+        changed = [leaf for leaf, key in before if self._key(leaf) != key]
+        self._record(func, inputs, [*_tensors(output), *changed])
         return output
+
+    def _record(self, func: Callable[..., Any], inputs: list[int], outputs: list[Tensor]) -> None:
+        """Note what a function put out, or changed in place."""
+        name = getattr(func, "__name__", "")
+        source = max((self.sources.get(value, -1) for value in inputs), default=-1)
+        for tensor in outputs:
+            key = self._key(tensor)
+            if key in self.values:
+                continue
+            viewed = self.memories.get(key[:2])
+            read = inputs if viewed is None else [viewed]
+            if viewed is not None or name in _SAME or name in _MOVES:
+                whole = len(read) == 1 and self.flow.elements(read[0]) == tensor.numel()
+                kind = Kind.SAME if whole and name not in _MOVES else Kind.MOVE
+            elif "max_pool" in name:
+                kind = Kind.MAXIMUM
+            elif func in _PRODUCTS or "pool" in name or name == "scaled_dot_product_attention":
+                kind = Kind.COMPUTE
+            else:
+                kind = Kind.ELEMENTWISE
+            value = self.flow.add_call(kind, read, tensor.numel())
+            self._set_value(tensor, value)
+            self.sources[value] = source
+
+    def _key(self, tensor: Tensor) -> tuple[int, int, int, int]:
+        """Where and when its values stand in memory, whatever its shape."""
+        self.watching = False
+        try:
+            memory = tensor.untyped_storage()._cdata
+            return memory, tensor._version, int(tensor.storage_offset()), tensor.numel()
+        finally:
+            self.watching = True
+
+    def _values_of(self, content: Any) -> list[int]:
+        """The values among the tensors in ``content`` that are known: what depends on an input."""
+        keys = [self._key(tensor) for tensor in _tensors(content)]
+        values = [self.values.get(key, self.memories.get(key[:2])) for key in keys]
+        return [value for value in values if value is not None]
+
+    def _set_value(self, tensor: Tensor, value: int) -> None:
+        key = self._key(tensor)
+        self.values[key] = value
+        self.memories.setdefault(key[:2], value)
+        self.kept.append(tensor)
 
     def _check_product(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Refuse a product with a weight that no quantizer would reach."""
@@ -292,7 +388,7 @@ class _Recorder(TorchFunctionMode):
                     f" before it multiplies by it; exclude=['{name}'] leaves it in float"
                 )
             return
-        leaves, _ = tree_flatten((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         if any(isinstance(leaf, nn.Parameter) and leaf.dim() > 1 for leaf in leaves):
             raise _RefusedError(
                 f"cannot quantize '{name}' ({type(module).__name__}): it calls"
@@ -301,28 +397,10 @@ class _Recorder(TorchFunctionMode):
             )
 
 
-def _source_of(values: Any) -> int | None:
-    """The latest layer, by its place in the order, that the tensors in ``values`` come from."""
-    sources = [getattr(leaf, "_limpq_source", None) for leaf in tree_leaves(values)]
-    return max((source for source in sources if source is not None), default=None)
-
-
-def _set_source(values: Any, source: int) -> None:
-    def mark(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-            leaf._limpq_source = source  # type: ignore[attr-defined]  # a mark of this module
-        return leaf
-
-    tree_map(mark, values)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _tensors(content: Any) -> list[Tensor]:
+    """The tensors in ``content``, but for parameters."""
+    return [
+        leaf
+        for leaf in tree_leaves(content)
+        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
+    ]

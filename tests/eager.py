@@ -26,6 +26,7 @@ class EagerQuantizer(nn.Module):
         self.bits = fused.bits
         self.signed = fused.signed is None or fused.signed
         self.scales = nn.ParameterList([nn.Parameter(s.detach().clone()) for s in fused.scale])
+        self.axis = fused.channel_axis
         self.selected = 0
 
     def select(self, bits):
@@ -33,8 +34,13 @@ class EagerQuantizer(nn.Module):
 
     def forward(self, x):
         quant_min, quant_max = thresholds(self.bits[self.selected], signed=self.signed)
-        factor = 1 / math.sqrt(x.numel() * quant_max)
-        return eager_fake_quantize(x, self.scales[self.selected], quant_min, quant_max, factor)
+        scale = self.scales[self.selected]
+        factor = 1 / math.sqrt(x.numel() // scale.numel() * quant_max)
+        if self.axis is not None:
+            shape = [1] * x.dim()
+            shape[self.axis] = -1
+            scale = scale.reshape(shape)
+        return eager_fake_quantize(x, scale, quant_min, quant_max, factor)
 
 
 class EagerNorms(nn.Module):

@@ -76,6 +76,45 @@ class PreActivation(nn.Module):
         return self.head(F.relu(self.bn3(z)).mean((2, 3)))
 
 
+class Upsampling(nn.Module):
+    """Transposed convolutions, one in groups and one to a given size, with a batch norm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.up1 = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.down = nn.Conv2d(6, 4, 3, stride=2, padding=1, padding_mode="circular")
+        self.up2 = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.up1(F.relu(self.first(x)))))
+        y = self.up2(F.relu(self.down(y)), output_size=x.shape[-2:])
+        return self.head(F.relu(y).mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """Attention over patches, with and without its weights, and an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = nn.LayerNorm(8)
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.second = nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + self.first(y, y, y)[0]
+        y = self.norm(x)
+        x = x + self.second(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(self.norm(x))).mean(1))
+
+
 class PaddedConv2d(nn.Conv2d):
     """A subclass with a forward of its own that uses its weight as it is."""
 

@@ -36,6 +36,8 @@ def small_layers(dtype=torch.float32, layout=torch.contiguous_format, **options)
         "point": nn.Conv2d(1, 9, 1),
         "wide": nn.Linear(300, 130),
         "one": nn.Linear(1, 1),
+        "transposed": nn.ConvTranspose2d(4, 6, 3, groups=2),
+        "transposed depthwise": nn.ConvTranspose2d(5, 5, 2, groups=5),
     }
     modules = {name: module.to(memory_format=layout) for name, module in modules.items()}
     layers = layers_of(modules, **options)

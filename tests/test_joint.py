@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from eager import EagerNorms, EagerQuantizer, eager_select, eager_twin, start_activations
-from networks import Depthwise, NoNorm, PreActivation, Shared
+from networks import Attending, Depthwise, NoNorm, PreActivation, Shared, Upsampling
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,6 +33,8 @@ NETWORKS = {
     "no_norm": NoNorm,
     "shared": Shared,
     "pre_activation": PreActivation,
+    "upsampling": Upsampling,
+    "attending": Attending,
 }
 
 
@@ -45,8 +47,8 @@ def problem(network="depthwise", dtype=torch.float32, batch=4):
     return model, x, target
 
 
-def trainer_of(model, x, lr=0.01, trainer=JointTrainer, **options):
-    prepared = prepare(model, BITS, example_input=x)
+def trainer_of(model, x, lr=0.01, trainer=JointTrainer, per_channel=False, **options):
+    prepared = prepare(model, BITS, example_input=x, per_channel_weights=per_channel)
     prepared = prepared.to(x.dtype)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=lr)
     return trainer(prepared, optimizer, F.cross_entropy, **options)
@@ -95,6 +97,28 @@ EXECUTIONS = {
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_gradients_and_statistics_equal_a_plain_loop_over_an_eager_model(network, execution):
     compare_with_plain_loop(network, torch.float64, 1e-9, **EXECUTIONS[execution])
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("network", ["depthwise", "shared", "upsampling", "attending"])
+@pytest.mark.parametrize(
+    "execution", ["everything shared", "nothing shared", "compiled", "random branch by tensor"]
+)
+def test_scales_of_channels_equal_a_plain_loop_over_an_eager_model(network, execution):
+    compare_with_plain_loop(network, torch.float64, 1e-9, per_channel=True, **EXECUTIONS[execution])
+
+
+def test_scales_of_channels_are_in_the_bank_and_their_mean_is_the_indicator():
+    model, x, target = problem("upsampling")
+    trainer = trainer_of(model, x, per_channel=True)
+    trainer.step(x, target)
+    assert trainer.shared["weight_bank"]
+    for layer in trainer.indicators().layers:
+        quantizer = trainer.layers[layer.name].weight_quantizer
+        assert quantizer.scale.shape[1] > 1
+        for bits, indicator in layer.weight.items():
+            scales = quantizer.scale[quantizer.bits.index(bits)]
+            assert indicator == pytest.approx(scales.mean().item())
 
 
 @pytest.mark.usefixtures("device")

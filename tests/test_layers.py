@@ -11,11 +11,15 @@ from limpq_ext.layers import (
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
     QuantizedLayer,
     QuantLinear,
     SwitchableBatchNorm,
     quantize_layer,
 )
+from limpq_ext.quantizers import weight_start_scale
 
 LAYERS = [
     (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (5, 4, 9), QuantConv1d, F.conv1d),
@@ -73,10 +77,73 @@ def test_a_linear_layer_runs_on_quantized_input_and_weight():
     assert torch.equal(layer(x), expected)
 
 
+TRANSPOSED = [
+    (
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2),
+        (5, 4, 9),
+        QuantConvTranspose1d,
+        F.conv_transpose1d,
+    ),
+    (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=3, output_padding=(1, 2), dilation=2),
+        (5, 4, 3, 4),
+        QuantConvTranspose2d,
+        F.conv_transpose2d,
+    ),
+    (
+        lambda: nn.ConvTranspose3d(2, 3, 2, padding=1, bias=False),
+        (2, 2, 4, 4, 4),
+        QuantConvTranspose3d,
+        F.conv_transpose3d,
+    ),
+]
+
+
 @pytest.mark.usefixtures("device")
-def test_padding_modes_are_kept():
-    module = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+@pytest.mark.parametrize(("make_module", "shape", "cls", "function"), TRANSPOSED)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_transposed_convolution_runs_on_quantized_input_and_weight(
+    make_module, shape, cls, function, per_channel
+):
+    module = make_module()
+    layer, x = started(module, shape, per_channel_weights=per_channel)
+    assert isinstance(layer, cls)
+    assert isinstance(layer, type(module))
+    quantized = layer.weight_quantizer(module.weight)
+    expected = function(
+        layer.input_quantizer(x),
+        quantized,
+        module.bias,
+        module.stride,
+        module.padding,
+        module.output_padding,
+        module.groups,
+        module.dilation,
+    )
+    assert torch.equal(layer(x), expected)
+    if per_channel:
+        assert layer.weight_quantizer.channel_axis == 1
+        assert layer.weight_quantizer.scale.shape == (2, module.weight.shape[1])
+        start = [weight_start_scale(module.weight[:, i], 4) for i in range(module.weight.shape[1])]
+        torch.testing.assert_close(layer.weight_quantizer.scale[1].detach(), torch.stack(start))
+
+
+@pytest.mark.usefixtures("device")
+def test_a_transposed_convolution_can_be_told_its_output_size():
+    module = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1)
     layer, x = started(module, (2, 3, 5, 5))
+    for size in ((9, 10), (10, 9)):
+        assert layer(x, output_size=size).shape == (2, 4, *size)
+    with pytest.raises(ValueError, match="requested an output size"):
+        layer(x, (20, 20))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_padding_modes_are_kept(mode, padding):
+    module = nn.Conv2d(4, 4, 3, padding=padding, padding_mode=mode, groups=2)
+    layer, x = started(module, (2, 4, 5, 5))
     twin = copy.deepcopy(module)
     twin.weight = nn.Parameter(layer.weight_quantizer(module.weight).detach())
     assert torch.equal(layer(x), twin(layer.input_quantizer(x)))
@@ -118,9 +185,9 @@ def test_a_subclass_without_a_forward_of_its_own_is_an_ordinary_convolution():
 
 def test_other_modules_are_an_error_that_names_the_layer():
     with pytest.raises(
-        TypeError, match=r"layer 'up' is a ConvTranspose2d; quantized are nn\.Conv1d"
+        TypeError, match=r"layer 'mix' is a Bilinear; quantized are nn\.Conv1d, .*nn\.Linear"
     ):
-        quantize_layer(nn.ConvTranspose2d(3, 3, 3), (4,), (4,), name="up")
+        quantize_layer(nn.Bilinear(3, 3, 3), (4,), (4,), name="mix")
 
 
 @pytest.mark.usefixtures("device")
