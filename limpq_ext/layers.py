@@ -228,6 +228,25 @@ class SwitchableBatchNorm(_BatchNorm):
         norm._row = 0
         return norm
 
+    def at(self, bits: int) -> _BatchNorm:
+        """An ordinary one with the row of this bit-width.
+
+        Raises:
+            ValueError: There is no row for ``bits``.
+        """
+        self.select(bits)
+        base: Any = next(
+            cls for cls in type(self).__mro__ if not issubclass(cls, SwitchableBatchNorm)
+        )
+        norm = with_class(self, base)
+        for name, value in self.row(self._row).items():
+            if value is not None and name in norm._parameters:
+                own = nn.Parameter(value.detach().clone(), getattr(self, name).requires_grad)
+                norm._parameters[name] = own
+            elif value is not None:
+                norm._buffers[name] = value.clone()
+        return norm
+
     def select(self, bits: int) -> None:
         """Use the row of this bit-width from now on.
 

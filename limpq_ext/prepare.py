@@ -99,48 +99,59 @@ def apply_policy(
 ) -> nn.Module:
     """A copy of ``model`` with every layer at the bits that ``policy`` gives it.
 
-    Activation scales take their start value from the first batch in training mode.
+    Of a float model the activation scales take their start value from the first batch in training
+    mode. A model of :func:`prepare` that was trained jointly gives its scales at these bits, and
+    its batch normalisation at the weight bits of the layer that feeds it; its fixed layers begin as
+    those of a float model.
 
     Args:
-        model: The float model; it is left as it is.
+        model: The float model, or a prepared one; it is left as it is.
         policy: Bits for layers of this model by name, the fixed ones included.
-        per_channel_weights: One weight scale per output channel.
-        symmetric_weights: Leave out the lowest value of the weights' range.
-        scale_max: Upper bound of all scales.
+        per_channel_weights: One weight scale per output channel, in layers that are float.
+        symmetric_weights: Leave out the lowest value of the weights' range; likewise.
+        scale_max: Upper bound of all scales; likewise.
 
     Raises:
         ValueError: The policy names a layer that the model does not have or that cannot be
-            quantized.
+            quantized, or lacks a layer of a prepared model or has bits that it was not prepared
+            for.
     """
-    chosen = [layer.name for layer in (*policy.layers, *policy.fixed)]
+    chosen = policy.bits()
     quantized = copy.deepcopy(
         with_layers(model, lambda name: any(layer.startswith(f"{name}.") for layer in chosen))
     )
     modules = dict(quantized.named_modules())
     swap: dict[nn.Module, nn.Module] = {}
-    for layer in (*policy.layers, *policy.fixed):
-        module = modules.get(layer.name)
+    for name, (weight_bits, activation_bits) in chosen.items():
+        module = modules.get(name)
         if module is None or quantizable_base(module) is None:
             what = (
                 "no layer"
                 if module is None
                 else f"no quantizable layer, but {type(module).__name__},"
             )
-            raise ValueError(f"policy: {type(model).__name__} has {what} '{layer.name}'")
+            raise ValueError(f"policy: {type(model).__name__} has {what} '{name}'")
+        if isinstance(module, QuantizedLayer):
+            module.weight_quantizer.keep_only(weight_bits)
+            module.input_quantizer.keep_only(activation_bits)
+            continue
         swap[module] = quantize_layer(
             module,
-            (layer.weight_bits,),
-            (layer.activation_bits,),
+            (weight_bits,),
+            (activation_bits,),
             per_channel_weights=per_channel_weights,
             symmetric_weights=symmetric_weights,
             scale_max=scale_max,
-            name=layer.name,
+            name=name,
         )
-    missing = [
-        name
-        for name, module in modules.items()
-        if quantizable_base(module) is not None and module not in swap
-    ]
+    missing = []
+    for name, module in modules.items():
+        if isinstance(module, QuantizedLayer) and name not in chosen:
+            raise ValueError(f"policy: there are no bits for the quantized layer '{name}'")
+        if isinstance(module, SwitchableBatchNorm):
+            swap[module] = module.at(chosen[module.source][0])
+        elif quantizable_base(module) is not None and name not in chosen:
+            missing.append(name)
     if missing:
         warnings.warn(
             f"left in float, since the policy has no bits for them: {_some(missing)}", stacklevel=2

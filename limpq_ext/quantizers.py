@@ -115,6 +115,19 @@ class LsqQuantizer(nn.Module):
                 f"{self.name or 'quantizer'}: {bits} bits is not a candidate, those are {self.bits}"
             ) from None
 
+    def keep_only(self, bits: int) -> None:
+        """Forget all other bit-widths and their step sizes.
+
+        Raises:
+            ValueError: ``bits`` is not a candidate.
+        """
+        self.select(bits)
+        row = slice(self._index, self._index + 1)
+        self.bits = (bits,)
+        self.scale = nn.Parameter(self.scale.detach()[row].clone(), self.scale.requires_grad)
+        self.initialized = self.initialized[row].clone()
+        self._ready, self._index = self._ready[row], 0
+
     def thresholds(self, bits: int) -> tuple[int, int]:
         """``(quant_min, quant_max)`` at a bit-width; signed as long as that is not decided."""
         signed = self._signed is None or self._signed

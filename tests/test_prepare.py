@@ -1,11 +1,12 @@
 import copy
+import itertools
 
 import pytest
 import torch
 from networks import Depthwise, NoNorm, Shared
 from torch import nn
 
-from limpq_ext import Policy, apply_policy, prepare, quantized_layers, select_bits
+from limpq_ext import JointTrainer, Policy, apply_policy, prepare, quantized_layers, select_bits
 from limpq_ext.layers import QuantConv2d, QuantLinear, SwitchableBatchNorm
 from limpq_ext.policy import LayerBits
 
@@ -153,3 +154,63 @@ def test_a_policy_of_another_network_is_an_error_that_names_the_layer():
 def test_layers_without_bits_in_the_policy_are_said():
     with pytest.warns(UserWarning, match=r"no bits for them: 'stem\.0', 'depthwise'"):
         apply_policy(Depthwise(), Policy((LayerBits("expand", 4, 4),)))
+
+
+# ----------------------------------------------------------- the policy of a jointly trained model
+
+
+def trained(bits=(2, 4), **options):
+    """A prepared model whose scales and statistics differ from bit-width to bit-width."""
+    torch.manual_seed(0)
+    model = prepared(Depthwise(), bits, **options).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = JointTrainer(model, optimizer, nn.functional.cross_entropy)
+    for _ in range(2):
+        trainer.step(torch.randn(8, 3, 8, 8), torch.randint(5, (8,)))
+    return model
+
+
+def mixed(model):
+    """A policy of 2 and 4 bits in turn."""
+    pairs = itertools.cycle([(2, 4), (4, 2), (4, 4)])
+    layers = zip(quantized_layers(model), pairs, strict=False)
+    return Policy(tuple(LayerBits(name, *bits) for name, bits in layers))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_jointly_trained_model_gives_its_scales_and_norms_at_the_bits_of_a_policy(per_channel):
+    model = trained(per_channel_weights=per_channel)
+    policy = mixed(model)
+    with pytest.warns(UserWarning, match="left in float"):
+        result = apply_policy(model, policy).eval()
+    model.eval()
+    select_bits(model, {layer.name: policy.bits()[layer.name] for layer in policy.layers})
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(result(x), model(x))
+    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(isinstance(norm, SwitchableBatchNorm) for norm in norms)
+    result.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.parameters())
+    assert all(layer.weight_quantizer.bits == (2, 4) for layer in quantized_layers(model).values())
+
+
+def test_its_state_is_that_of_the_policy_of_the_float_model():
+    model = trained()
+    names = [name for name, _ in Depthwise().named_modules()]
+    fixed = (LayerBits("stem.0", 8, 8), LayerBits("head", 8, 8))
+    policy = Policy(mixed(model).layers, tuple(layer for layer in fixed if layer.name in names))
+    result, fresh = apply_policy(model, policy), apply_policy(Depthwise(), policy)
+    fresh.load_state_dict(result.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(fresh.train()(x), result.train()(x))
+
+
+def test_bits_that_a_model_was_not_prepared_for_and_layers_without_bits_are_named():
+    model = trained()
+    layers = mixed(model).layers
+    wrong = LayerBits(layers[0].name, 3, 4)
+    with pytest.raises(ValueError, match=f"{layers[0].name}.*3 bits is not a candidate"):
+        apply_policy(model, Policy((wrong, *layers[1:])))
+    with pytest.raises(ValueError, match=f"no bits for the quantized layer '{layers[0].name}'"):
+        apply_policy(model, Policy(layers[1:]))
