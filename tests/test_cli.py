@@ -190,11 +190,11 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     monkeypatch.setattr(JointTrainer, "step", step)
     code, _, error = limpq(*command, "i.json")
     assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step 10 of 21; the same command goes on from i.json" in error
+    assert "stopped by SIGTERM after step 10 of 18; the same command goes on from i.json" in error
     code, said, error = limpq(*command, "i.json")
     assert code == 0, error
-    assert "going on after step 10 of 21 from i.json.checkpoint" in said
-    assert steps == list(range(21))
+    assert "going on after step 10 of 18 from i.json.checkpoint" in said
+    assert steps == list(range(18))
     assert Indicators.load("i.json") == Indicators.load("whole.json")
     assert not Path("i.json.checkpoint").exists()
     Path("i.json.checkpoint").write_text("something else")
@@ -209,7 +209,9 @@ def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
     finished_run, limpq, tmp_path, monkeypatch, number
 ):
     recipe, _, _ = finished_run
-    monkeypatch.setattr("limpq_ext.pipeline.load_data", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        "limpq_ext.pipeline.load_data", lambda *_, **__: os.kill(os.getpid(), number)
+    )
     code, _, error = limpq("run", recipe, "--out", tmp_path / "out")
     assert code == 128 + number
     assert error.strip() == f"limpq: stopped by {signal.Signals(number).name}"
@@ -300,7 +302,7 @@ def small_files():
     Path("names.json").write_text(json.dumps(indicators))
     Path("key.yaml").write_text("learning_rate: 3\n")
     Path("model.yaml").write_text("model: {name: resnet19}\n")
-    Path("data.yaml").write_text("data: {name: imagenet}\n")
+    Path("data.yaml").write_text("data: {name: imagenet22k}\n")
     Path("out.json").write_text("kept")
 
 
@@ -344,7 +346,7 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         (("run", "none.yaml"), "recipe 'none.yaml' does not exist"),
         (("run", "key.yaml"), "key.yaml: learning_rate: unknown key"),
         (("run", "model.yaml"), "unknown model 'resnet19'"),
-        (("run", "data.yaml"), "unknown data set 'imagenet'"),
+        (("run", "data.yaml"), "unknown data set 'imagenet22k'"),
         (("indicators", "--out", "i.json"), "--weights is missing"),
         (("evaluate", "--weights", "none.safetensors"), "'none.safetensors' do not exist"),
         (("finetune", "--policy", "costs.json", "--weights", "w.pt"), "costs.json: format: is"),
