@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,10 +35,21 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
-        metavar="[RECIPE.yaml]", help="Recipe; without one, the demonstration on digits."
+        metavar="[RECIPE]",
+        help="File or name (see `limpq recipes`); without one, the demonstration on digits.",
     ),
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="The same as an option.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the data.")]
+DataFractionOption = Annotated[
+    float | None, typer.Option(help="Part of the training data that indicators are trained on.")
+]
+EpochsOption = Annotated[int | None, typer.Option(help="Epochs that indicators are trained.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe; more than once."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="cifar_resnet or a torchvision classifier.")
@@ -62,7 +73,15 @@ CheckpointMinutesOption = Annotated[
 @app.command()
 def run(
     recipe: RecipeArgument = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/digits"),
+    recipe_option: RecipeOption = None,
+    data: DataOption = None,
+    data_fraction: DataFractionOption = None,
+    epochs: EpochsOption = None,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run.", show_default="runs/ and the recipe's name"),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Reuse no finished stage and no checkpoint.")
     ] = False,
@@ -82,13 +101,19 @@ def run(
     """
     from . import pipeline
 
+    source = _one_recipe(recipe, recipe_option)
     given = _recipe(
-        recipe,
+        source,
+        set_,
+        data=data,
+        data_fraction=data_fraction,
+        epochs=epochs,
         checkpoint_steps=checkpoint_steps,
         checkpoint_minutes=checkpoint_minutes,
         log_steps=log_steps,
         tensorboard=tensorboard,
     )
+    out = out or Path("runs") / Path(source or "digits").stem
     with process_group(pipeline.choose_device(given.device)):
         report = pipeline.run(given, out, fresh=fresh, reporter=_reporter())
     if _is_first():
@@ -96,8 +121,24 @@ def run(
 
 
 @app.command()
+def recipes() -> None:
+    """List the recipes that come with the package; `limpq run NAME` runs one."""
+    from .recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped))
+    for name, what in shipped.items():
+        print(f"{name:<{width}}  {what}")
+
+
+@app.command()
 def indicators(
     recipe: RecipeArgument = None,
+    recipe_option: RecipeOption = None,
+    data: DataOption = None,
+    data_fraction: DataFractionOption = None,
+    epochs: EpochsOption = None,
+    set_: SetOption = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Weights of the float model to start from.")
     ] = None,
@@ -125,14 +166,19 @@ def indicators(
         from .pipeline import Session, choose_device
 
         given = _recipe(
-            recipe, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes
+            _one_recipe(recipe, recipe_option),
+            set_,
+            data=data,
+            data_fraction=data_fraction,
+            epochs=epochs,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_minutes=checkpoint_minutes,
         )
         with process_group(choose_device(given.device)):
             session = Session(given)
             model = session.float_model(weights)
-            settings = given.model_dump(
-                mode="json", include={"seed", "model", "data", "bits", "joint"}
-            )
+            settings = given.model_dump(mode="json", include={"seed", "model", "bits", "joint"})
+            settings |= {"data": session.data_key(), "fraction": given.data.fraction}
             with _beside(out, given, settings, weights=weights) as recording:
                 with _reporter().stage("joint training of the indicators") as on_step:
                     result = session.train_indicators(model, on_step, None, recording)
@@ -248,6 +294,9 @@ def finetune(
     policy: Annotated[Path, typer.Option(help="Policy file.", show_default=False)],
     weights: WeightsOption,
     recipe: RecipeArgument = None,
+    recipe_option: RecipeOption = None,
+    data: DataOption = None,
+    set_: SetOption = None,
     out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("finetuned.safetensors"),
     force: ForceOption = False,
     checkpoint_steps: CheckpointStepsOption = None,
@@ -264,12 +313,17 @@ def finetune(
     _refuse_existing(out, force)
     chosen = Policy.load(policy)
     given = _recipe(
-        recipe, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes
+        _one_recipe(recipe, recipe_option),
+        set_,
+        data=data,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_minutes=checkpoint_minutes,
     )
     with process_group(choose_device(given.device)):
         session = Session(given)
         model = session.float_model(weights)
-        settings = given.model_dump(mode="json", include={"seed", "model", "data", "finetune"})
+        settings = given.model_dump(mode="json", include={"seed", "model", "finetune"})
+        settings["data"] = session.data_key()
         with _beside(out, given, settings, weights=weights, policy=policy) as recording:
             with _reporter().stage("fine-tuning the policy") as on_step:
                 tuned = session.finetune_policy(model, chosen, on_step, None, recording)
@@ -285,20 +339,28 @@ def evaluate(
         Path, typer.Option("--weights", help="Weights: of the policy's model, or float.")
     ],
     recipe: RecipeArgument = None,
+    recipe_option: RecipeOption = None,
+    data: DataOption = None,
+    set_: SetOption = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy file; without one, the float model.")
     ] = None,
+    split: Annotated[
+        str, typer.Option(metavar="test|val", help="Compare and choose on val; report test.")
+    ] = "test",
 ) -> None:
     """Evaluate weights on the recipe's test set."""
     from .pipeline import Session, choose_device
     from .policy import Policy
 
+    if split not in ("test", "val"):
+        raise ValueError(f"--split is '{split}', expected test or val")
     chosen = None if policy is None else Policy.load(policy)
-    given = _recipe(recipe)
+    given = _recipe(_one_recipe(recipe, recipe_option), set_, data=data)
     with process_group(choose_device(given.device)):
         session = Session(given)
         with _reporter().stage("evaluating") as on_step:
-            result = session.evaluate(weights, chosen, on_step)
+            result = session.evaluate(weights, chosen, on_step, split)  # type: ignore[arg-type]
     if _is_first():
         print(
             f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f},"
@@ -409,13 +471,30 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-def _recipe(path: Path | None, **changes: Any) -> Recipe:
-    """The recipe of a file, or the default one, with what the command line gives instead."""
-    from .recipe import Recipe, load_recipe, make_recipe
+def _one_recipe(argument: str | None, option: str | None) -> str | None:
+    if argument is not None and option is not None:
+        raise ValueError(f"two recipes, '{argument}' and --recipe {option}: give one")
+    return argument if option is None else option
 
-    recipe = Recipe() if path is None else load_recipe(path)
-    given = {key: value for key, value in changes.items() if value is not None}
-    return make_recipe({**recipe.model_dump(), **given}, source="command line") if given else recipe
+
+def _recipe(
+    source: str | Path | None, assignments: Sequence[str] | None = None, **changes: Any
+) -> Recipe:
+    """The recipe of a file or name, or the default one, with what the command line gives."""
+    from .recipe import Recipe, load_recipe, override, parse_assignment
+
+    recipe = Recipe() if source is None else load_recipe(source)
+    given = {
+        _KEYS.get(option, option): str(value) if isinstance(value, Path) else value
+        for option, value in changes.items()
+        if value is not None
+    }
+    given |= dict(map(parse_assignment, assignments or ()))
+    return override(recipe, given, source="command line") if given else recipe
+
+
+_KEYS = {"data": "data.root", "data_fraction": "data.fraction", "epochs": "joint.epochs"}
+"""The key of the recipe that an option sets, where it is not the option's name."""
 
 
 @contextmanager

@@ -1,22 +1,117 @@
-"""Data sets by name, split and batched the same way every time."""
+"""Images as networks read them, batched the same way every time."""
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from .distributed import rank, world_size
-from .extras import require
+from .images import OnCorrupt, UnreadableImageError
+from .splits import stratified_part
 
-DATA_SETS = ("digits",)
+MOST_IN_A_ROW = 100
+"""So many unreadable images in a row are no accident: a disk is gone, not a file."""
+
+
+class Images(Protocol):
+    """Decoded images of one split and their classes, before any transform."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every sample, from 0."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Image ``[channels, height, width]`` and class."""
+
+    def identity(self) -> list[Any]:
+        """What the samples depend on, in a form that JSON has."""
+
+
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """Some of the images, as the network reads them: pairs of image and class index.
+
+    Args:
+        images: Where they come from.
+        indices: Which of them.
+        transform: From the decoded image to what the network reads; None where they are the same.
+        random: Whether the transform draws random numbers.
+        on_corrupt: What happens where a file cannot be read: an error, or ("skip") the next one of
+            these samples that can be takes its place, class and all.
+
+    Attributes:
+        labels: Class of every sample.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        indices: NDArray[np.int64],
+        transform: Callable[[Tensor], Tensor] | None = None,
+        *,
+        random: bool = False,
+        on_corrupt: OnCorrupt = "error",
+    ) -> None:
+        self.images = images
+        self.indices = indices
+        self.labels: NDArray[np.int64] = images.labels[indices]
+        self.random = random
+        self._transform = transform
+        self._on_corrupt = on_corrupt
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._read(index)
+        return (image if self._transform is None else self._transform(image)), label
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        start = range(len(self))[index]
+        for following in range(min(len(self), MOST_IN_A_ROW)):
+            try:
+                return self.images.read(int(self.indices[(start + following) % len(self)]))
+            except UnreadableImageError as error:
+                if self._on_corrupt == "error":
+                    raise
+                last = error
+        raise UnreadableImageError(f"{following + 1} images in a row cannot be read, last {last}")
+
+    def part(self, fraction: float, seed: int) -> ImageSet:
+        """A part of the samples, at random within each class; at least one of each.
+
+        Args:
+            fraction: Above 0, up to 1.
+            seed: Of the draw.
+
+        Raises:
+            ValueError: ``fraction`` is out of range.
+        """
+        chosen = self.indices[stratified_part(self.labels, fraction, seed)]
+        return ImageSet(
+            self.images,
+            chosen,
+            self._transform,
+            random=self.random,
+            on_corrupt=self._on_corrupt,
+        )
+
+    def load(self) -> None:
+        """Do now what would be done at the first access in every loading process."""
+        load = getattr(self.images, "load", None)
+        if load is not None:
+            load()
 
 
 @dataclass(frozen=True)
@@ -24,52 +119,31 @@ class Data:
     """A data set for classification.
 
     Attributes:
-        train: Pairs of image ``[channels, height, width]`` and class index.
-        test: The same, for evaluation alone.
-        num_classes: How many classes there are.
+        train: Training images, augmented.
+        val: Validation images, for choices between trained networks; empty where none were wanted.
+        test: Test images, for the result alone.
+        classes: Their names.
         image_shape: (channels, height, width).
+        record: What the data are, in a form that JSON has: sizes, seed and fractions of the splits,
+            files that were skipped, and a "fingerprint" of all.
     """
 
-    train: Dataset[tuple[Tensor, ...]]
-    test: Dataset[tuple[Tensor, ...]]
-    num_classes: int
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    record: dict[str, Any]
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
 
-def load_data(name: str) -> Data:
-    """A data set by name.
-
-    Args:
-        name: ``digits``.
-
-    Raises:
-        ValueError: The name is unknown.
-        ImportError: What it needs is missing.
-    """
-    if name == "digits":
-        return _digits()
-    raise ValueError(f"unknown data set '{name}': expected one of {', '.join(DATA_SETS)}")
-
-
-def _digits() -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8, grey; a quarter of each class is for testing.
-
-    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
-    """
-    raw = require("sklearn.datasets", "train").load_digits()
-    split = require("sklearn.model_selection", "train").train_test_split
-    images = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1)
-    labels = torch.from_numpy(raw.target.astype(np.int64))
-    train, test = split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=raw.target)
-    # Of the training images, grey levels 0 to 16.
-    mean, deviation = images[train].mean(), images[train].std()
-    images = (images - mean) / deviation
-    return Data(
-        TensorDataset(images[train], labels[train]),
-        TensorDataset(images[test], labels[test]),
-        num_classes=10,
-        image_shape=(1, 8, 8),
-    )
+    def broken(self) -> list[str]:
+        """The files that this process could not read so far, found after the scan."""
+        sources = {id(split.images): split.images for split in (self.train, self.val, self.test)}
+        return [name for images in sources.values() for name in getattr(images, "broken", list)()]
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
@@ -135,8 +209,8 @@ class _BySample(Dataset[Any]):
     def __init__(self, data: Dataset[Any], seed: int) -> None:
         self.data = data
         self.seed = seed
-        # Tensors are not augmented, and need no seeds.
-        self.plain = isinstance(data, TensorDataset)
+        # What draws nothing needs no seeds.
+        self.plain = isinstance(data, TensorDataset) or not getattr(data, "random", True)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         return self.__getitems__([key])[0]
@@ -161,7 +235,7 @@ class _BySample(Dataset[Any]):
 
 
 def make_loader(
-    data: Dataset[tuple[Tensor, ...]],
+    data: Dataset[Any],
     *,
     batch_size: int,
     train: bool,
@@ -191,6 +265,8 @@ def make_loader(
         raise ValueError("the data set is empty")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if isinstance(data, ImageSet):
+        data.load()
     common: dict[str, Any] = {
         # Its own, so that starting an epoch draws nothing from the global generator.
         "generator": torch.Generator().manual_seed(seed),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from .checkpoint import Checkpoint
 from .costs import Costs, profile
-from .data import Data, load_data, make_loader
-from .distributed import broadcast_state, from_main, rank
+from .data import Data, make_loader
+from .datasets import load_data
+from .distributed import broadcast_state, from_main, gather, rank
 from .evaluation import Evaluation, evaluate
 from .files import open_atomically, remove_leftovers, write_json
 from .finetune import finetune
@@ -45,6 +46,8 @@ FINETUNED = "finetuned.safetensors"
 UNIFORM_POLICY = "uniform.json"
 UNIFORM_FINETUNED = "uniform.safetensors"
 RECIPE = "recipe.yaml"
+DATA = "data.json"
+SCAN = "scan.json"
 METRICS = "metrics.jsonl"
 STAGES = "stages.json"
 TENSORBOARD = "tensorboard"
@@ -115,10 +118,16 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             nothing is overwritten then.
         Interrupted: SIGINT or SIGTERM came while a stage trained; its checkpoint is written.
     """
-    session = Session(recipe)
+    session = Session(recipe, scan_cache=folder / SCAN)
     stages = _Stages(folder, fresh, reporter, recipe)
+    stages.after_each.append(lambda: _note_broken(session.data, folder, reporter))
+    from_main(lambda: write_json(folder / DATA, session.data.record))
     part = recipe.model_dump(mode="json")
-    common = {key: part[key] for key in ("seed", "model", "data")}
+    common = {"seed": part["seed"], "model": part["model"], "data": session.data_key()}
+    skipped = session.data.record.get("skipped", {})
+    if skipped:
+        first, reason = next(iter(skipped.items()))
+        reporter.say(f"data: {len(skipped)} images are left out, the first: {first}: {reason}")
 
     with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as stage:
         if stage.go:
@@ -127,7 +136,10 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             stage.write(lambda: save_weights(model, folder / FLOAT_WEIGHTS))
 
     with stages.stage(
-        "indicators", [INDICATORS], [common, part["bits"], part["joint"]], [FLOAT_WEIGHTS]
+        "indicators",
+        [INDICATORS],
+        [common, part["data"]["fraction"], part["bits"], part["joint"]],
+        [FLOAT_WEIGHTS],
     ) as stage:
         if stage.go:
             with reporter.stage("joint training of the indicators") as on_step:
@@ -215,16 +227,26 @@ class Session:
 
     Args:
         recipe: What to do.
+        scan_cache: Where it is remembered which image files can be read.
 
     Raises:
-        ValueError: The data set or the device is unknown, or the model does not exist.
+        ValueError: The data set or the device is unknown, the model does not exist, or the data are
+            not as they should be.
+        FileNotFoundError: There are no data.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, scan_cache: Path | None = None) -> None:
         self.recipe = recipe
         self.device = choose_device(recipe.device)
-        self.data: Data = load_data(recipe.data.name)
+        options = recipe.data.model_dump(exclude={"workers", "fraction"})
+        self.data: Data = load_data(**options, scan_cache=scan_cache)
         self.create_model()
+
+    def data_key(self) -> dict[str, Any]:
+        """What a stage depends on of the data: not where they are or who loads them."""
+        included = {"image_size", "channels", "augment", "mean", "std", "on_corrupt"}
+        options = self.recipe.data.model_dump(mode="json", include=included)
+        return {**options, "fingerprint": self.data.record["fingerprint"]}
 
     def create_model(self) -> nn.Module:
         """The recipe's model with random weights from its seed, on the CPU."""
@@ -295,7 +317,7 @@ class Session:
         run_epochs(
             take_step,
             optimizer,
-            self._train_loader(options),
+            self._train_loader(options, self.recipe.data.fraction),
             model=prepared,
             epochs=options.epochs,
             warmup_epochs=options.warmup_epochs,
@@ -327,9 +349,13 @@ class Session:
         return quantized
 
     def evaluate(
-        self, weights: Path, policy: Policy | None, on_step: StepDone | None
+        self,
+        weights: Path,
+        policy: Policy | None,
+        on_step: StepDone | None,
+        split: Literal["test", "val"] = "test",
     ) -> Evaluation:
-        """How the weights of a file do on the test set, quantized where a policy is given."""
+        """How the weights of a file do on a split, quantized where a policy is given."""
         model = self.create_model()
         if policy is not None:
             model = apply_policy(model, policy)
@@ -337,7 +363,10 @@ class Session:
         model.to(self.device)
         broadcast_state(model)
         loader = make_loader(
-            self.data.test, batch_size=256, train=False, workers=self.recipe.data.workers
+            getattr(self.data, split),
+            batch_size=256,
+            train=False,
+            workers=self.recipe.data.workers,
         )
         return evaluate(model, loader, on_step=on_step)
 
@@ -345,11 +374,11 @@ class Session:
         """One empty image."""
         return torch.zeros(1, *self.data.image_shape)
 
-    def _train_loader(self, options: TrainingSection) -> Any:
+    def _train_loader(self, options: TrainingSection, fraction: float = 1.0) -> Any:
         # Every process drops out other activations.
         torch.manual_seed(self.recipe.seed + rank())
         return make_loader(
-            self.data.train,
+            self.data.train.part(fraction, self.recipe.data.seed),
             batch_size=options.batch_size,
             train=True,
             seed=self.recipe.seed,
@@ -375,8 +404,17 @@ class Session:
 
 
 def model_for(recipe: Recipe, data: Data) -> nn.Module:
-    """The recipe's model, with the classes (and for cifar_resnet the channels) of its data."""
+    """The recipe's model, with the classes (and for cifar_resnet the channels) of its data.
+
+    Raises:
+        ValueError: The recipe gives the model another number of classes, or it does not exist.
+    """
     options = {"num_classes": data.num_classes, **recipe.model.options}
+    if options["num_classes"] != data.num_classes:
+        raise ValueError(
+            f"model.options.num_classes is {options['num_classes']}, but the data set"
+            f" {recipe.data.name} has {data.num_classes} classes"
+        )
     if recipe.model.name == "cifar_resnet":
         options.setdefault("in_channels", data.image_shape[0])
     return create_model(recipe.model.name, **options)
@@ -465,6 +503,7 @@ class _Stages:
         self.reused: list[str] = []
         self.record: dict[str, Any] = {}
         self.files: list[Any] = [MetricsFile(folder / METRICS)]
+        self.after_each: list[Callable[[], None]] = []
         from_main(lambda: self._open(fresh))
 
     def _open(self, fresh: bool) -> None:
@@ -521,6 +560,8 @@ class _Stages:
         start = time.perf_counter()
         yield stage
         self.seconds[name] = time.perf_counter() - start
+        for function in self.after_each:
+            function()
         from_main(lambda: self._finish(name, outputs, key))
 
     def _begin(
@@ -568,6 +609,18 @@ class _Stages:
                 raise ValueError(
                     f"{path} {how} and would be overwritten: move it away or choose another --out"
                 )
+
+
+def _note_broken(data: Data, folder: Path, reporter: Reporter) -> None:
+    """Say which files broke while they were loaded, and write it down beside the splits."""
+    names = sorted({name for process in gather(data.broken()) for name in process})
+    if names != data.record.get("broken_while_loading", []):
+        data.record["broken_while_loading"] = names
+        from_main(lambda: write_json(folder / DATA, data.record))
+        reporter.say(
+            f"data: {len(names)} images could not be read and were replaced by others, such as"
+            f" {names[-1]}"
+        )
 
 
 def _checkpoint_name(stage: str) -> str:

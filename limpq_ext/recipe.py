@@ -1,13 +1,19 @@
-"""Recipes: one validated object that says all that a run does."""
+"""Recipes: one validated object that says all that a run does, and those that are shipped."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from .bits import MAX_BITS, MIN_BITS
 from .extras import require
+from .glyphs import CLASSES
+from .images import OnCorrupt, Scan
+from .sources import canonical_name
+from .transforms import Augment
 
 pydantic = require("pydantic", "cli")
 
@@ -27,11 +33,46 @@ class ModelSection(_Section):
     )
 
 
-class DataSection(_Section):
-    """Which data."""
+class GlyphsSection(_Section):
+    """How the data set ``glyphs`` is drawn."""
 
-    name: str = Field("digits", description="data set")
+    train_images: int = Field(20_000, ge=len(CLASSES), description="validation images included")
+    test_images: int = Field(10_000, ge=len(CLASSES))
+    difficulty: float = Field(1.0, ge=0, le=3, description="0 is clean and upright")
+    fonts: tuple[str, ...] = Field((), description="font files beside those of matplotlib")
+    cache: bool = Field(True, description="draw once and keep the images in memory")
+
+
+class DataSection(_Section):
+    """Which data; what is null is as usual for the data set."""
+
+    name: str = Field("digits", description="data set, see limpq_ext.sources.DATA_SETS")
+    root: str | None = Field(None, description="folder of the data")
+    download: bool = Field(False, description="let torchvision fetch what root lacks")
+    image_size: int | None = Field(None, ge=1, description="height and width")
+    channels: Literal[1, 3] | None = Field(None, description="1 is grey")
+    augment: Literal["auto"] | Augment = Field("auto", description="of training images")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels from 0 to 1")
+    std: tuple[float, ...] | None = None
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="of training images, where there are none for validation"
+    )
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="of all, where there are none")
+    seed: int = Field(0, ge=0, description="of the splits, and of glyphs")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="part of the training images that indicators are trained on"
+    )
+    on_corrupt: OnCorrupt = Field(
+        "error", description="files that cannot be read and empty classes; skip counts them"
+    )
+    scan: Scan = Field("open", description="how files are tried before training")
     workers: int = Field(0, ge=0, description="processes that load batches")
+    glyphs: GlyphsSection = Field(default_factory=GlyphsSection)
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return canonical_name(name)
 
 
 class TrainingSection(_Section):
@@ -128,20 +169,39 @@ class Recipe(_Section):
         return check_candidates(bits)
 
 
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: what each does, by name."""
+    folder = resources.files(__package__) / "recipes"
+    files = {item.name: item for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return {
+        name.removesuffix(".yaml"): files[name].read_text("utf-8").splitlines()[0].lstrip("# ")
+        for name in sorted(files)
+    }
+
+
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe from a YAML file; what it leaves out has its default.
 
+    Args:
+        path: The file, or the name of a shipped recipe.
+
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is neither.
         ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
             reason.
     """
     yaml = require("yaml", "cli")
     name = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"recipe '{name}' does not exist")
+    shipped = shipped_recipes()
+    file: Any = Path(path)
+    if name in shipped:
+        file = resources.files(__package__) / "recipes" / f"{name}.yaml"
+    elif not file.is_file():
+        raise FileNotFoundError(
+            f"recipe '{name}' does not exist: expected a file, or one of {', '.join(shipped)}"
+        )
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: not a YAML file: {reason}") from error
@@ -169,6 +229,52 @@ def make_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
         key = ".".join(str(part) for part in first["loc"])
         reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         raise ValueError(f"{source}: {key}: {reason}") from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Key and value of ``finetune.epochs=3``; the value is read as YAML.
+
+    Raises:
+        ValueError: There is no "=", no key, or the value is not YAML.
+    """
+    yaml = require("yaml", "cli")
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"'{text}': expected KEY=VALUE, for example finetune.epochs=3")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{text}': the value is not YAML") from error
+
+
+def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """A recipe with other values.
+
+    Args:
+        recipe: What to start from.
+        values: By key, with dots between sections: ``{"finetune.epochs": 3}``. The last of two that
+            contradict each other counts.
+        source: What the error calls it.
+
+    Raises:
+        ValueError: A key is unknown or a value is wrong.
+    """
+    content = recipe.model_dump()
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        inner = content
+        for at, section in enumerate(sections, start=1):
+            if section not in inner:
+                raise ValueError(f"{source}: {'.'.join(sections[:at])}: unknown key")
+            if inner[section] is None:
+                inner[section] = {}
+            inner = inner[section]
+            if not isinstance(inner, dict):
+                raise ValueError(
+                    f"{source}: {key}: '{'.'.join(sections[:at])}' is {inner!r} and has no keys"
+                )
+        inner[last] = value
+    return make_recipe(content, source=source)
 
 
 def dump_recipe(recipe: Recipe) -> str:

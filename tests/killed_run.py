@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from limpq_ext import pipeline
-from limpq_ext.data import load_data
+from limpq_ext.datasets import load_data
 from limpq_ext.distributed import process_group
 from limpq_ext.recipe import load_recipe
 
@@ -65,7 +65,7 @@ def kill_at_call(owner, name, number, *, after):
 
 
 def most_steps(kills):
-    """A run has 60 steps and a checkpoint after every third."""
+    """A run has 54 steps and a checkpoint after every third."""
     return max(6, 100 // kills)
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("typer")
 
 import yaml
+from pictures import write_classes
 
 from limpq_ext import Costs, Indicators, JointTrainer, Policy, cli
 
@@ -190,11 +191,11 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     monkeypatch.setattr(JointTrainer, "step", step)
     code, _, error = limpq(*command, "i.json")
     assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step 10 of 21; the same command goes on from i.json" in error
+    assert "stopped by SIGTERM after step 10 of 18; the same command goes on from i.json" in error
     code, said, error = limpq(*command, "i.json")
     assert code == 0, error
-    assert "going on after step 10 of 21 from i.json.checkpoint" in said
-    assert steps == list(range(21))
+    assert "going on after step 10 of 18 from i.json.checkpoint" in said
+    assert steps == list(range(18))
     assert Indicators.load("i.json") == Indicators.load("whole.json")
     assert not Path("i.json.checkpoint").exists()
     Path("i.json.checkpoint").write_text("something else")
@@ -209,7 +210,9 @@ def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
     finished_run, limpq, tmp_path, monkeypatch, number
 ):
     recipe, _, _ = finished_run
-    monkeypatch.setattr("limpq_ext.pipeline.load_data", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        "limpq_ext.pipeline.load_data", lambda *_, **__: os.kill(os.getpid(), number)
+    )
     code, _, error = limpq("run", recipe, "--out", tmp_path / "out")
     assert code == 128 + number
     assert error.strip() == f"limpq: stopped by {signal.Signals(number).name}"
@@ -249,6 +252,54 @@ def test_the_readme_example_of_a_search(limpq):
     assert "gap 0.0e+00" in said
 
 
+def test_the_shipped_recipes_are_listed(limpq):
+    code, said, _ = limpq("recipes")
+    assert code == 0
+    assert "resnet50-imagenet" in said
+    assert "LIMPQ's ResNet-50 on ImageNet" in said
+
+
+def test_a_folder_of_images_goes_through_every_stage(limpq, tmp_path):
+    pytest.importorskip("torchvision")
+    for part, count in (("train", 12), ("val", 4)):
+        write_classes(tmp_path / "images" / part, {"n01": count, "n02": count}, suffix=".JPEG")
+    (tmp_path / "images" / "train" / "n01" / "3.JPEG").write_bytes(b"")
+    command = ["run", "--recipe", "resnet18-imagenet", "--data", tmp_path / "images"]
+    for setting in (
+        "data.on_corrupt=skip", "data.image_size=32", "data.val_fraction=0.25", "data.workers=1",
+        "model={name: cifar_resnet, options: {blocks: 1, width: 4}}", "bits=[2, 4]",
+        "float_training.epochs=1", "finetune.epochs=1", "float_training.batch_size=4",
+        "joint.batch_size=4", "finetune.batch_size=4",
+    ):  # fmt: skip
+        command += ["--set", setting]
+    code, said, error = limpq(*command, "--epochs", 1, "--data-fraction", 0.5)
+    assert code == 0, error
+    assert "data: 1 images are left out, the first: train/n01/3.JPEG: is not an image" in said
+    out = tmp_path / "runs" / "resnet18-imagenet"
+    record = json.loads((out / "data.json").read_text())
+    assert record["splits"] == {"train": 17, "val": 6, "test": 8}
+    assert list(record["skipped"]) == ["train/n01/3.JPEG"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["stage"]: line["step"] for line in lines if "step" in line}
+    assert steps == {"float": 4, "indicators": 2, "finetune": 4, "baseline": 4}
+    weights = ("--weights", out / "finetuned.safetensors", "--policy", out / "policy.json")
+    code, said, error = limpq("evaluate", out / "recipe.yaml", *weights, "--split", "val")
+    assert code == 0, error
+    assert "6 samples" in said
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    code, said, error = limpq(
+        "run", out / "recipe.yaml", "--out", out, "--data", moved, "--set", "data.workers=0",
+        "--data-fraction", 0.25,
+    )  # fmt: skip
+    assert code == 0, error
+    assert "float: nothing it depends on has changed, reused" in said
+    assert "indicators: nothing" not in said
+    (moved / "train" / "n02" / "0.JPEG").unlink()
+    code, said, error = limpq("run", out / "recipe.yaml", "--out", out, "--data", moved)
+    assert code == 0, error
+    assert "float: nothing" not in said
+
+
 def test_info_tells_how_it_was_built(limpq):
     code, said, _ = limpq("info")
     assert code == 0
@@ -264,7 +315,7 @@ def test_info_tells_the_memory_of_a_models_weight_bank(limpq):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "indicators", "profile", "search", "finetune", "evaluate", "info"]
+    "command", ["run", "recipes", "indicators", "profile", "search", "finetune", "evaluate", "info"]
 )
 def test_help_of_every_command(limpq, command):
     code, said, _ = limpq(command, "--help")
@@ -300,7 +351,7 @@ def small_files():
     Path("names.json").write_text(json.dumps(indicators))
     Path("key.yaml").write_text("learning_rate: 3\n")
     Path("model.yaml").write_text("model: {name: resnet19}\n")
-    Path("data.yaml").write_text("data: {name: imagenet}\n")
+    Path("data.yaml").write_text("data: {name: imagenet22k}\n")
     Path("out.json").write_text("kept")
 
 
@@ -344,8 +395,15 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         (("run", "none.yaml"), "recipe 'none.yaml' does not exist"),
         (("run", "key.yaml"), "key.yaml: learning_rate: unknown key"),
         (("run", "model.yaml"), "unknown model 'resnet19'"),
-        (("run", "data.yaml"), "unknown data set 'imagenet'"),
+        (("run", "data.yaml"), "unknown data set 'imagenet22k'"),
         (("indicators", "--out", "i.json"), "--weights is missing"),
+        (("run", "--set", "finetune.epoch=3"), "command line: finetune.epoch: unknown key"),
+        (("run", "--data", "none", "--set", "data.name=imagenet"), "'none' is not a folder"),
+        (("run", "--recipe", "resnet18-imagenet"), "data.root is missing: imagenet is read"),
+        (("run", "digits", "--recipe", "glyphs"), "two recipes, 'digits' and --recipe glyphs"),
+        (("run", "--set", "model.options.num_classes=7"), "num_classes is 7, but the data set"),
+        (("run", "--data-fraction", 0), "command line: data.fraction: "),
+        (("evaluate", "--weights", "w.pt", "--split", "train"), "--split is 'train'"),
         (("evaluate", "--weights", "none.safetensors"), "'none.safetensors' do not exist"),
         (("finetune", "--policy", "costs.json", "--weights", "w.pt"), "costs.json: format: is"),
     ],

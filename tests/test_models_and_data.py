@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from limpq_ext.data import load_data, make_loader
+from limpq_ext.data import make_loader
+from limpq_ext.datasets import load_data
 from limpq_ext.files import FileFormatError
 from limpq_ext.models import CifarResNet, create_model, load_weights, save_weights
 
@@ -98,14 +99,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_digits_are_split_the_same_way_every_time():
     first, second = load_data("digits"), load_data("digits")
-    assert (len(first.train), len(first.test)) == (1347, 450)
+    assert (len(first.train), len(first.val), len(first.test)) == (1212, 135, 450)
     assert first.image_shape == (1, 8, 8)
-    assert torch.equal(first.test.tensors[0], second.test.tensors[0])
-    assert first.train.tensors[0].mean().abs() < 1e-5
-    counts = first.test.tensors[1].bincount()
-    assert counts.min() >= 43
-    train = {image.numpy().tobytes() for image in first.train.tensors[0]}
-    assert sum(image.numpy().tobytes() in train for image in first.test.tensors[0]) == 0
+    assert first.record == second.record
+    for ours, theirs in zip(first.test, second.test, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    training = torch.stack([image for image, _ in [*first.train, *first.val]])
+    assert training.mean().abs() < 1e-5
+    assert min(first.record["images_per_class"]["test"]) >= 43
+    seen = {image.numpy().tobytes() for image in training}
+    assert sum(image.numpy().tobytes() in seen for image, _ in first.test) == 0
 
 
 def test_loaders_shuffle_by_seed_and_leave_out_a_last_batch_that_is_not_full():
@@ -116,14 +119,14 @@ def test_loaders_shuffle_by_seed_and_leave_out_a_last_batch_that_is_not_full():
     ]
     assert torch.equal(order[0], order[1])
     assert not torch.equal(order[0], order[2])
-    assert len(order[0]) == 21 * 64
+    assert len(order[0]) == 18 * 64
     whole = list(make_loader(data.test, batch_size=64, train=False))
     assert sum(len(target) for _, target in whole) == 450
 
 
 def test_wrong_data_is_named():
-    with pytest.raises(ValueError, match="unknown data set 'imagenet'"):
-        load_data("imagenet")
+    with pytest.raises(ValueError, match="unknown data set 'imagenet22k': expected one of digits"):
+        load_data("imagenet22k")
     empty = torch.utils.data.TensorDataset(torch.zeros(0, 1), torch.zeros(0))
     with pytest.raises(ValueError, match="the data set is empty"):
         make_loader(empty, batch_size=4, train=True)

@@ -2,7 +2,15 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from limpq_ext.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from limpq_ext.recipe import (
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    make_recipe,
+    override,
+    parse_assignment,
+    shipped_recipes,
+)
 
 
 def test_a_recipe_survives_being_written(tmp_path):
@@ -34,6 +42,15 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
         ({"bits": "all"}, "recipe: bits: "),
         ({"search": {"non_monotone": "ignore"}}, "recipe: search.non_monotone: .*forbid"),
         ({"baseline": {"weight_bits": 32}}, "recipe: baseline.weight_bits: "),
+        ({"data": {"name": "imagenet22k"}}, "recipe: data.name: .*unknown data set 'imagenet22k'"),
+        ({"data": {"fraction": 0}}, "recipe: data.fraction: .*greater than 0"),
+        ({"data": {"fraction": 1.5}}, "recipe: data.fraction: .*less than or equal to 1"),
+        ({"data": {"val_fraction": 1}}, "recipe: data.val_fraction: .*less than 1"),
+        ({"data": {"on_corrupt": "ignore"}}, "recipe: data.on_corrupt: .*'error' or 'skip'"),
+        ({"data": {"augment": "mixup"}}, "recipe: data.augment"),
+        ({"data": {"channels": 4}}, "recipe: data.channels: .*1 or 3"),
+        ({"data": {"glyphs": {"train_images": 10}}}, "recipe: data.glyphs.train_images: .*34"),
+        ({"data": {"glyphs": {"font": []}}}, "recipe: data.glyphs.font: unknown key"),
     ],
 )
 def test_wrong_keys_and_values_are_named(content, message):
@@ -54,3 +71,83 @@ def test_wrong_files_are_named(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"broken\.yaml: not a YAML file"):
         load_recipe(path)
+
+
+LIMPQ = {
+    "resnet18-imagenet": ("resnet18", 256, 5),
+    "resnet50-imagenet": ("resnet50", 64, 3),
+    "mobilenetv1-imagenet-w4a4": ("timm/mobilenetv1_100", 256, 5),
+    "mobilenetv1-imagenet-w4": ("timm/mobilenetv1_100", 256, 5),
+}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path):
+    assert len(shipped_recipes()[name]) > 20
+    recipe = load_recipe(name)
+    assert recipe.bits == (2, 3, 4, 5, 6)
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dumped.yaml") == recipe
+
+
+def test_the_shipped_recipes_are_these():
+    assert {"cifar10", "digits", "glyphs", *LIMPQ} == set(shipped_recipes())
+    assert load_recipe("digits") == Recipe()
+
+
+@pytest.mark.parametrize("name", LIMPQ)
+def test_the_numbers_of_limpq_are_its_published_ones(name):
+    recipe = load_recipe(name)
+    joint, tuned = recipe.joint, recipe.finetune
+    assert (recipe.model.name, joint.batch_size, joint.epochs) == LIMPQ[name]
+    assert (joint.optimizer, joint.lr, joint.momentum, joint.weight_decay) == (
+        "sgd", 0.01, 0.9, 2.5e-5
+    )  # fmt: skip
+    assert joint.label_smoothing == tuned.label_smoothing == 0.1
+    assert (tuned.epochs, tuned.lr, tuned.warmup_epochs) == (90, 0.04, 5)
+    assert (recipe.data.name, recipe.data.image_size) == ("imagenet", 224)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("finetune.epochs=3", "finetune.epochs", 3),
+        ("bits=[2, 4]", "bits", (2, 4)),
+        ("search.bitops=1e9", "search.bitops", 1e9),
+        ("search.bitops=null", "search.bitops", None),
+        ("search.size.weight_bits=4", "search.size.weight_bits", 4),
+        ("data.root=/some = folder", "data.root", "/some = folder"),
+        ("model.options={width: 4}", "model.options", {"width": 4}),
+        ("model.options.width=8", "model.options.width", 8),
+        ("joint.distill=true", "joint.distill", True),
+    ],
+)
+def test_any_value_can_be_set_by_its_key(text, key, value):
+    changed = override(Recipe(), dict([parse_assignment(text)]))
+    inner = changed
+    for part in key.split("."):
+        inner = inner[part] if isinstance(inner, dict) else getattr(inner, part)
+    assert inner == value
+    assert override(changed, {key: value}) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune.epoch=3", "recipe: finetune.epoch: unknown key"),
+        ("finetuning.epochs=3", "recipe: finetuning: unknown key"),
+        ("seed.value=3", "recipe: seed.value: 'seed' is 0 and has no keys"),
+        ("finetune.epochs=many", "recipe: finetune.epochs: "),
+        ("finetune.epochs", "'finetune.epochs': expected KEY=VALUE"),
+        ("=3", "'=3': expected KEY=VALUE"),
+        ("bits=[2", "'bits=.2': the value is not YAML"),
+    ],
+)
+def test_what_cannot_be_set_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        override(Recipe(), dict([parse_assignment(text)]))
+
+
+def test_a_name_that_is_no_recipe_is_told_which_are():
+    with pytest.raises(FileNotFoundError, match=r"'resnet34' does not exist: .*resnet18-imagenet"):
+        load_recipe("resnet34")
