@@ -21,10 +21,11 @@ if torch.__version__ != _build.TORCH_VERSION:
     )
 
 from .bank import WeightBank
+from .calibration import calibrate, reestimate_batch_norm
 from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
 from .data import make_loader
-from .evaluation import Confusion, Evaluation, confuse, evaluate, reestimate_batch_norm
+from .evaluation import Confusion, Evaluation, confuse, evaluate
 from .failures import NonFiniteError
 from .files import FileFormatError
 from .finetune import finetune
@@ -82,6 +83,7 @@ __all__ = [
     "WeightBank",
     "WeightQuantizer",
     "apply_policy",
+    "calibrate",
     "confuse",
     "evaluate",
     "finetune",

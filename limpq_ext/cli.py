@@ -51,6 +51,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe; more than once."),
 ]
+CalibrateOption = Annotated[
+    int | None,
+    typer.Option(metavar="BATCHES", min=1, help="For a first look: no training, these batches."),
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="cifar_resnet or a torchvision classifier.")
 ]
@@ -143,9 +147,18 @@ def indicators(
         Path | None, typer.Option("--weights", help="Weights of the float model to start from.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Indicator file to write.")] = Path("indicators.json"),
-    from_limpq: Annotated[
+    joint_weights: Annotated[
         Path | None,
-        typer.Option(help="Convert this indicator file (.pkl) of LIMPQ's own code instead."),
+        typer.Option(help="Write the trained model here, for `limpq finetune --joint-weights`."),
+    ] = None,
+    calibrate: CalibrateOption = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Take them from this file instead: a .checkpoint, or of LIMPQ's own code the"
+            " indicators (.pkl) or a checkpoint (.tar).",
+        ),
     ] = None,
     force: ForceOption = False,
     checkpoint_steps: CheckpointStepsOption = None,
@@ -154,15 +167,17 @@ def indicators(
     """Train the importance indicators of a float model jointly for all candidate bits.
 
     The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
+    With --calibrate nothing is trained: the indicators are the start values of the step sizes.
     """
-    from .indicators import Indicators
-
     _refuse_existing(out, force)
-    if from_limpq is not None:
-        result = Indicators.from_limpq(from_limpq)
+    if joint_weights is not None:
+        _refuse_existing(joint_weights, force)
+    if from_file is not None:
+        result = _indicators(from_file)
     else:
         if weights is None:
             raise ValueError("--weights is missing: indicators are trained from a float model")
+        from .models import save_weights
         from .pipeline import Session, choose_device
 
         given = _recipe(
@@ -180,13 +195,18 @@ def indicators(
             settings = given.model_dump(mode="json", include={"seed", "model", "bits", "joint"})
             settings |= {"data": session.data_key(), "fraction": given.data.fraction}
             with _beside(out, given, settings, weights=weights) as recording:
-                with _reporter().stage("joint training of the indicators") as on_step:
-                    result = session.train_indicators(model, on_step, None, recording)
+                if calibrate is not None:
+                    result, prepared = session.calibrated_indicators(model, calibrate)
+                else:
+                    with _reporter().stage("joint training of the indicators") as on_step:
+                        result, prepared = session.train_indicators(model, on_step, None, recording)
                 if _is_first():
+                    if joint_weights is not None:
+                        save_weights(prepared, joint_weights)
                     result.save(out)
     if not _is_first():
         return
-    if from_limpq is not None:
+    if from_file is not None:
         result.save(out)
     print(f"{out}: indicators of {len(result.layers)} layers at {list(result.bits)} bits")
 
@@ -297,6 +317,10 @@ def finetune(
     recipe_option: RecipeOption = None,
     data: DataOption = None,
     set_: SetOption = None,
+    joint_weights: Annotated[
+        Path | None,
+        typer.Option(help="Start from this model of `limpq indicators --joint-weights`."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("finetuned.safetensors"),
     force: ForceOption = False,
     checkpoint_steps: CheckpointStepsOption = None,
@@ -319,14 +343,22 @@ def finetune(
         checkpoint_steps=checkpoint_steps,
         checkpoint_minutes=checkpoint_minutes,
     )
+    if given.finetune.init == "joint" and joint_weights is None:
+        raise ValueError("finetune.init is joint, but --joint-weights is missing")
     with process_group(choose_device(given.device)):
         session = Session(given)
         model = session.float_model(weights)
         settings = given.model_dump(mode="json", include={"seed", "model", "finetune"})
         settings["data"] = session.data_key()
-        with _beside(out, given, settings, weights=weights, policy=policy) as recording:
+        inputs = {"weights": weights, "policy": policy}
+        if joint_weights is not None:
+            settings["bits"] = list(given.bits)
+            inputs["joint_weights"] = joint_weights
+        with _beside(out, given, settings, **inputs) as recording:
             with _reporter().stage("fine-tuning the policy") as on_step:
-                tuned = session.finetune_policy(model, chosen, on_step, None, recording)
+                tuned = session.finetune_policy(
+                    model, chosen, on_step, None, recording, joint_weights=joint_weights
+                )
             if _is_first():
                 save_weights(tuned, out)
     if _is_first():
@@ -345,27 +377,71 @@ def evaluate(
     policy: Annotated[
         Path | None, typer.Option(help="Policy file; without one, the float model.")
     ] = None,
+    float_weights: Annotated[
+        Path | None, typer.Option(help="Also compare with the float model of these weights.")
+    ] = None,
+    calibrate: CalibrateOption = None,
     split: Annotated[
         str, typer.Option(metavar="test|val", help="Compare and choose on val; report test.")
     ] = "test",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write all numbers to.")] = None,
+    force: ForceOption = False,
 ) -> None:
-    """Evaluate weights on the recipe's test set."""
+    """Evaluate weights on the recipe's test set: top-1, top-5, loss, every class.
+
+    With --float-weights: where the network decides otherwise than the float one.
+    With --calibrate: --weights are the float model's; it is quantized by --policy, not trained.
+    """
+    from dataclasses import asdict
+
+    from .files import write_json
     from .pipeline import Session, choose_device
     from .policy import Policy
 
     if split not in ("test", "val"):
         raise ValueError(f"--split is '{split}', expected test or val")
+    if calibrate is not None and policy is None:
+        raise ValueError("--calibrate needs --policy: a float model has nothing to calibrate")
+    if out is not None:
+        _refuse_existing(out, force)
     chosen = None if policy is None else Policy.load(policy)
     given = _recipe(_one_recipe(recipe, recipe_option), set_, data=data)
     with process_group(choose_device(given.device)):
         session = Session(given)
+        model = session.network(weights, chosen, calibrate_batches=calibrate or 0)
         with _reporter().stage("evaluating") as on_step:
-            result = session.evaluate(weights, chosen, on_step, split)  # type: ignore[arg-type]
-    if _is_first():
+            result = session.evaluate(model, on_step, split)  # type: ignore[arg-type]
+        confusion = None
+        if float_weights is not None:
+            with _reporter().stage("comparing with the float network") as on_step:
+                reference = session.network(float_weights, None)
+                confusion = session.confuse(model, reference, on_step, split)  # type: ignore[arg-type]
+    if not _is_first():
+        return
+    print(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")
+    if result.top5 is not None:
+        print(f"top-5 accuracy {_percent(result.top5)}")
+    known = [
+        (accuracy, index)
+        for index, accuracy in enumerate(result.class_accuracy)
+        if accuracy is not None
+    ]
+    worst = ", ".join(f"{index} ({_percent(accuracy)})" for accuracy, index in sorted(known)[:5])
+    print(f"lowest accuracy: class {worst}")
+    if confusion is not None:
         print(
-            f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f},"
-            f" {result.samples} samples"
+            f"the same class as the float network: {_percent(confusion.agreement)};"
+            f" right where that is wrong: {_percent(confusion.gained)},"
+            f" wrong where that is right: {_percent(confusion.lost)}"
         )
+    if out is not None:
+        against = None if confusion is None else asdict(confusion)
+        write_json(out, {"split": split, **asdict(result), "against_float": against})
+        print(f"numbers: {out}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 @app.command()

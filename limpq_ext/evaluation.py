@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
-from .distributed import add_up, broadcast_state, gather
+from .distributed import add_up, gather
 from .training import StepDone, device_of, length_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -147,30 +144,6 @@ def confuse(
         samples=samples,
         counts=tuple(tuple(map(int, row)) for row in matrix.tolist()),
     )
-
-
-def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
-    """Compute the running statistics of batch normalisation anew, as plain means over batches.
-
-    Quantization moves the statistics that were collected in float or in the course of a training.
-    In a run of several processes all get the statistics of process 0.
-
-    Args:
-        model: Runs the batches in training mode; it is put back into the mode it was in, and
-            nothing but the statistics changes.
-        batches: Some batches; their targets do not matter.
-
-    Raises:
-        ValueError: There are no batches.
-    """
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return
-    rest = iter(batches)
-    first = next(rest, None)
-    if first is None:
-        raise ValueError("there are no batches to estimate batch normalisation from")
-    update_bn(itertools.chain([first], rest), model, device_of(model))
-    broadcast_state(model, buffers_only=True)
 
 
 def _scores(

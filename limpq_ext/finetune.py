@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .calibration import reestimate_batch_norm
 from .checkpoint import Stateful
-from .evaluation import reestimate_batch_norm
 from .metrics import Meter, Record
 from .training import (
     EpochDone,

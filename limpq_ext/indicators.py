@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 from limpq_ext.bits import check_bits
 from limpq_ext.files import STRICT, FileFormatError, load_document, save_document
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT: Final = "limpq-indicators"
 VERSION: Final = 1
@@ -196,6 +199,29 @@ class Indicators:
         from limpq_ext import original
 
         return cls._read(path, lambda: original.read_step_sizes(path, tuple(bits)), "LIMPQ")
+
+    @classmethod
+    def from_model(cls, model: nn.Module, meta: Mapping[str, Any] | None = None) -> Indicators:
+        """The step sizes of a prepared model as they stand now.
+
+        Args:
+            model: What :func:`limpq_ext.prepare` returned; all layers with the same candidates.
+            meta: Where they come from; anything that JSON has a form for.
+
+        Returns:
+            The indicators, layers in the order of ``named_modules()``.
+
+        Raises:
+            ValueError: If there are no quantized layers, their candidates differ, or a step size is
+                NaN or infinite; the message names its layer.
+        """
+        from limpq_ext.prepare import quantized_layers
+
+        layers = tuple(
+            LayerIndicators(name, layer.weight_quantizer.values(), layer.input_quantizer.values())
+            for name, layer in quantized_layers(model).items()
+        )
+        return cls(tuple(layers[0].weight) if layers else (), layers, dict(meta or {}))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str]) -> Indicators:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from .execution import Bits, BranchRunner, Captured
-from .indicators import Indicators, LayerIndicators
+from .indicators import Indicators
 from .prepare import quantized_layers
 from .training import device_of
 from .updates import Update
@@ -259,20 +259,7 @@ class JointTrainer:
         Raises:
             ValueError: A step size is NaN or infinite; the message names its layer.
         """
-        ascending = tuple(sorted(self.bits))
-
-        def by_bits(values: dict[int, float]) -> dict[int, float]:
-            return {bits: values[bits] for bits in ascending}
-
-        layers = tuple(
-            LayerIndicators(
-                name,
-                by_bits(layer.weight_quantizer.values()),
-                by_bits(layer.input_quantizer.values()),
-            )
-            for name, layer in self.layers.items()
-        )
-        return Indicators(ascending, layers, {"steps": self.steps, "seed": self.seed})
+        return Indicators.from_model(self.model, {"steps": self.steps, "seed": self.seed})
 
     def _gradients(self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False) -> Gradients:
         """Run all branches; their gradients add up. The losses and outputs by branch, detached."""

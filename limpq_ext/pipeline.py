@@ -7,6 +7,7 @@ the recipe and the files it read) and of the files it wrote.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -20,12 +21,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .calibration import calibrate
 from .checkpoint import Checkpoint
 from .costs import Costs, profile
 from .data import Data, make_loader
 from .datasets import load_data
 from .distributed import broadcast_state, from_main, gather, rank
-from .evaluation import Evaluation, evaluate
+from .evaluation import Confusion, Evaluation, confuse, evaluate
 from .files import open_atomically, remove_leftovers, write_json
 from .finetune import finetune
 from .indicators import Indicators
@@ -36,10 +38,18 @@ from .policy import Policy
 from .prepare import apply_policy, prepare
 from .recipe import LevelSection, Recipe, TrainingSection, dump_recipe
 from .search import UniformLevel, search
-from .training import EpochDone, Recording, StepDone, make_optimizer, run_epochs
+from .training import (
+    EpochDone,
+    Recording,
+    StepDone,
+    batches_of_epoch,
+    make_optimizer,
+    run_epochs,
+)
 
 FLOAT_WEIGHTS = "float.safetensors"
 INDICATORS = "indicators.json"
+JOINT_WEIGHTS = "joint.safetensors"
 COSTS = "costs.json"
 POLICY = "policy.json"
 FINETUNED = "finetuned.safetensors"
@@ -51,6 +61,9 @@ SCAN = "scan.json"
 METRICS = "metrics.jsonl"
 STAGES = "stages.json"
 TENSORBOARD = "tensorboard"
+
+
+Split = Literal["test", "val"]
 
 
 class Reporter(Protocol):
@@ -137,15 +150,16 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
 
     with stages.stage(
         "indicators",
-        [INDICATORS],
+        [INDICATORS, JOINT_WEIGHTS],
         [common, part["data"]["fraction"], part["bits"], part["joint"]],
         [FLOAT_WEIGHTS],
     ) as stage:
         if stage.go:
             with reporter.stage("joint training of the indicators") as on_step:
-                indicators = session.train_indicators(
+                indicators, prepared = session.train_indicators(
                     session.float_model(folder / FLOAT_WEIGHTS), on_step, None, stage.recording
                 )
+            stage.write(lambda: save_weights(prepared, folder / JOINT_WEIGHTS))
             stage.write(lambda: indicators.save(folder / INDICATORS))
 
     with stages.stage("profile", [COSTS], [common]) as stage:
@@ -162,8 +176,11 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             )
     policy = from_main(lambda: Policy.load(folder / POLICY))
 
-    tuned = [common, part["finetune"]]
-    with stages.stage("finetune", [FINETUNED], tuned, [FLOAT_WEIGHTS, POLICY]) as stage:
+    joint = recipe.finetune.init == "joint"
+    tuned = [common, part["finetune"], part["bits"] if joint else None]
+    start = [FLOAT_WEIGHTS, JOINT_WEIGHTS] if joint else [FLOAT_WEIGHTS]
+    joint_weights = folder / JOINT_WEIGHTS if joint else None
+    with stages.stage("finetune", [FINETUNED], tuned, [*start, POLICY]) as stage:
         if stage.go:
             with reporter.stage("fine-tuning the policy") as on_step:
                 model = session.finetune_policy(
@@ -172,6 +189,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
                     on_step,
                     None,
                     stage.recording,
+                    joint_weights=joint_weights,
                 )
             stage.write(lambda: save_weights(model, folder / FINETUNED))
 
@@ -181,7 +199,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
         "baseline",
         [UNIFORM_POLICY, UNIFORM_FINETUNED],
         [*tuned, part["baseline"]],
-        [FLOAT_WEIGHTS, COSTS],
+        [*start, COSTS],
     ) as stage:
         if stage.go:
             title = f"fine-tuning uniform W{level.weight_bits}A{level.activation_bits}"
@@ -192,6 +210,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
                     on_step,
                     None,
                     stage.recording,
+                    joint_weights=joint_weights,
                 )
             stage.write(lambda: uniform.save(folder / UNIFORM_POLICY))
             stage.write(lambda: save_weights(model, folder / UNIFORM_FINETUNED))
@@ -200,14 +219,22 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     results = []
     with stages.stage("evaluate", [], [], always=True) as stage:
         stage.journal.start()
+        float_network = session.network(folder / FLOAT_WEIGHTS, None)
         for name, chosen, weights in (
             ("float", None, FLOAT_WEIGHTS),
             ("policy", policy, FINETUNED),
             ("uniform", uniform, UNIFORM_FINETUNED),
         ):
             with reporter.stage(f"evaluating {name}") as on_step:
-                evaluation = session.evaluate(folder / weights, chosen, on_step)
-            stage.journal.write({"network": name, **asdict(evaluation)})
+                model = session.network(folder / weights, chosen)
+                evaluation = session.evaluate(model, on_step)
+                numbers = {"network": name, **asdict(evaluation)}
+                if chosen is not None:
+                    confusion = session.confuse(model, float_network, None)
+                    numbers |= {
+                        key: value for key, value in asdict(confusion).items() if key != "counts"
+                    }
+            stage.journal.write(numbers)
             bits = float_bits if chosen is None else chosen.bits()
             size_bits = 32 * costs.all_weights if chosen is None else costs.size_bits(bits)
             results.append(
@@ -278,10 +305,10 @@ class Session:
         on_step: StepDone | None,
         on_epoch: EpochDone | None,
         recording: Recording | None = None,
-    ) -> Indicators:
-        """The indicators of a float model."""
+    ) -> tuple[Indicators, nn.Module]:
+        """The indicators of a float model, and the prepared model that they were trained in."""
         options = self.recipe.joint
-        prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
+        prepared = self.prepare(model)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]  # not in torch's stub
         optimizer = make_optimizer(
@@ -302,7 +329,7 @@ class Session:
             loss_fn,
             distill=options.distill,
             seed=self.recipe.seed,
-            autocast=None if options.autocast == "off" else getattr(torch, options.autocast),
+            autocast=_dtype(options.autocast),
             compile_forward=torch.compile if options.compile else None,
             cuda_graph=options.cuda_graph,
             on_branch=meter.add_branch,
@@ -329,7 +356,12 @@ class Session:
             on_step=on_step,
             on_epoch=on_epoch,
         )
-        return trainer.indicators()
+        return trainer.indicators(), prepared
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A float model with the recipe's candidate bits, on the device."""
+        prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
+        return prepared.to(self.device)
 
     def profile(self) -> Costs:
         """The costs of the model."""
@@ -342,33 +374,88 @@ class Session:
         on_step: StepDone | None,
         on_epoch: EpochDone | None,
         recording: Recording | None = None,
+        *,
+        joint_weights: Path | None = None,
     ) -> nn.Module:
-        """The quantized model of a policy, fine-tuned from a float model."""
-        quantized = apply_policy(model, policy).to(self.device)
-        self._finetune(quantized, self.recipe.finetune, on_step, on_epoch, recording)
+        """The quantized model of a policy, fine-tuned.
+
+        Args:
+            model: The float model, which it starts from, and which teaches it if the recipe says.
+            policy: The bits.
+            on_step: Called after every step.
+            on_epoch: Called after every epoch.
+            recording: Checkpoints and records.
+            joint_weights: Start from the prepared model that was saved here instead; process 0
+                reads the file.
+        """
+        start = model
+        if joint_weights is not None:
+            start = self.prepare(model)
+            from_main(lambda: load_weights(start, joint_weights))
+            broadcast_state(start)
+        quantized = apply_policy(start, policy).to(self.device)
+        options = self.recipe.finetune
+        teacher = model if options.distill_weight else None
+        self._finetune(quantized, options, on_step, on_epoch, recording, teacher)
         return quantized
 
-    def evaluate(
-        self,
-        weights: Path,
-        policy: Policy | None,
-        on_step: StepDone | None,
-        split: Literal["test", "val"] = "test",
-    ) -> Evaluation:
-        """How the weights of a file do on a split, quantized where a policy is given."""
-        model = self.create_model()
-        if policy is not None:
-            model = apply_policy(model, policy)
+    def network(
+        self, weights: Path, policy: Policy | None, *, calibrate_batches: int = 0
+    ) -> nn.Module:
+        """A network with weights from a file, on the device; process 0 reads the file.
+
+        Args:
+            weights: Of the float network, or of the policy's.
+            policy: Its bits; None: the float network.
+            calibrate_batches: The weights are the float network's; it is quantized without
+                training, calibrated with so many training batches.
+        """
+        if policy is None or calibrate_batches:
+            model = self.float_model(weights)
+            if policy is not None:
+                model = apply_policy(model, policy).to(self.device)
+                calibrate(model, self._some_batches(calibrate_batches))
+            return model
+        model = apply_policy(self.create_model(), policy)
         from_main(lambda: load_weights(model, weights))
         model.to(self.device)
         broadcast_state(model)
-        loader = make_loader(
-            getattr(self.data, split),
-            batch_size=256,
-            train=False,
-            workers=self.recipe.data.workers,
-        )
-        return evaluate(model, loader, on_step=on_step)
+        return model
+
+    def calibrated_indicators(self, model: nn.Module, batches: int) -> tuple[Indicators, nn.Module]:
+        """The start values of the step sizes, from a float model and a few batches: a first look.
+
+        Returns:
+            They, and the prepared model that has them.
+        """
+        prepared = self.prepare(model)
+        calibrate(prepared, self._some_batches(batches))
+        return Indicators.from_model(prepared, {"calibrated_batches": batches}), prepared
+
+    def evaluate(
+        self, model: nn.Module, on_step: StepDone | None, split: Split = "test"
+    ) -> Evaluation:
+        """How a network does on a split."""
+        return evaluate(model, self._eval_loader(split), on_step=on_step)
+
+    def confuse(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        on_step: StepDone | None,
+        split: Split = "test",
+    ) -> Confusion:
+        """Where a network decides otherwise than another one on a split."""
+        return confuse(model, reference, self._eval_loader(split), on_step=on_step)
+
+    def _eval_loader(self, split: Split) -> Any:
+        data, workers = getattr(self.data, split), self.recipe.data.workers
+        return make_loader(data, batch_size=256, train=False, workers=workers)
+
+    def _some_batches(self, count: int) -> list[Any]:
+        """The first training batches of the joint stage, whatever the number of processes."""
+        loader = self._train_loader(self.recipe.joint, self.recipe.data.fraction)
+        return list(itertools.islice(batches_of_epoch(loader, 0), count))
 
     def example_input(self) -> torch.Tensor:
         """One empty image."""
@@ -392,6 +479,7 @@ class Session:
         on_step: StepDone | None,
         on_epoch: EpochDone | None,
         recording: Recording | None,
+        teacher: nn.Module | None = None,
     ) -> None:
         finetune(
             model,
@@ -399,8 +487,14 @@ class Session:
             recording=recording,
             on_step=on_step,
             on_epoch=on_epoch,
-            **options.model_dump(exclude={"batch_size"}),
+            teacher=teacher,
+            autocast=_dtype(options.autocast),
+            **options.model_dump(exclude={"batch_size", "autocast", "init"}),
         )
+
+
+def _dtype(autocast: str) -> torch.dtype | None:
+    return None if autocast == "off" else getattr(torch, autocast)
 
 
 def model_for(recipe: Recipe, data: Data) -> nn.Module:

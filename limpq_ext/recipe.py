@@ -20,6 +20,9 @@ pydantic = require("pydantic", "cli")
 Field = pydantic.Field
 
 
+Autocast = Literal["off", "bfloat16", "float16"]
+
+
 class _Section(pydantic.BaseModel):  # type: ignore[name-defined]  # imported by require
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -86,18 +89,34 @@ class TrainingSection(_Section):
     weight_decay: float = Field(2.5e-5, ge=0)
     warmup_epochs: float = Field(0, ge=0)
     label_smoothing: float = Field(0, ge=0, lt=1)
+    autocast: Autocast = Field(
+        "off", description="dtype of the forward; float16 comes with a gradient scaler"
+    )
 
 
 class JointSection(TrainingSection):
     """Joint training of the indicators."""
 
     distill: bool = Field(False, description="the highest bit-width teaches the others")
-    autocast: Literal["off", "bfloat16", "float16"] = Field(
-        "off", description="dtype of the branches; float16 comes with a gradient scaler"
-    )
     channels_last: bool = Field(False, description="memory format of weights and activations")
     compile: bool = Field(False, description="torch.compile what a branch runs")
     cuda_graph: bool = Field(False, description="capture a step in CUDA graphs")
+
+
+class FinetuneSection(TrainingSection):
+    """Fine-tuning of a policy."""
+
+    init: Literal["float", "joint"] = Field(
+        "float", description="start from the float network or from the jointly trained one"
+    )
+    distill_weight: float = Field(
+        0, ge=0, le=1, description="share of the float network's scores in the loss"
+    )
+    temperature: float = Field(1, gt=0, description="of the scores in distillation")
+    ema_decay: float = Field(0, ge=0, lt=1, description="of the parameters' moving average; 0: off")
+    reestimate_batches: int = Field(
+        0, ge=0, description="batches that batch normalisation's statistics are computed from anew"
+    )
 
 
 class LevelSection(_Section):
@@ -157,8 +176,8 @@ class Recipe(_Section):
     baseline: LevelSection = Field(
         default_factory=LevelSection, description="uniform policy to compare with"
     )
-    finetune: TrainingSection = Field(
-        default_factory=lambda: TrainingSection(epochs=30, lr=0.02, warmup_epochs=1)
+    finetune: FinetuneSection = Field(
+        default_factory=lambda: FinetuneSection(epochs=30, lr=0.02, warmup_epochs=1)
     )
 
     @pydantic.field_validator("bits")
@@ -167,6 +186,19 @@ class Recipe(_Section):
         from .quantizers import check_candidates
 
         return check_candidates(bits)
+
+    @pydantic.model_validator(mode="after")
+    def _check_start(self) -> Recipe:
+        level = self.baseline
+        if self.finetune.init == "joint" and not {
+            level.weight_bits,
+            level.activation_bits,
+        } <= set(self.bits):
+            raise ValueError(
+                f"finetune.init is joint, but the baseline's W{level.weight_bits}"
+                f"A{level.activation_bits} is not among the bits {list(self.bits)}"
+            )
+        return self
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from limpq_ext import confuse, evaluate, reestimate_batch_norm
+from limpq_ext import confuse, evaluate
 
 
 class Table(nn.Module):
@@ -69,26 +69,3 @@ def test_nothing_to_evaluate_or_compare_is_an_error():
         confuse(model, model, [])
     with pytest.raises(ValueError, match=r"scores of shape \(1, 2\) and \(1, 3\)"):
         confuse(model, Table([[0.0, 1.0, 2.0]]), samples([0]))
-
-
-def test_batch_norm_statistics_become_the_means_over_the_batches():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.3)).eval()
-    batches = [(torch.randn(6, 3), torch.zeros(6)) for _ in range(4)]
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    model[1].running_mean.fill_(99)
-    reestimate_batch_norm(model, iter(batches))
-    with torch.no_grad():
-        inputs = [model[0](x) for x, _ in batches]
-    torch.testing.assert_close(
-        model[1].running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0)
-    )
-    torch.testing.assert_close(
-        model[1].running_var, torch.stack([x.var(0) for x in inputs]).mean(0)
-    )
-    assert model[1].momentum == 0.3
-    assert not model.training
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-    with pytest.raises(ValueError, match="no batches"):
-        reestimate_batch_norm(model, [])
-    reestimate_batch_norm(nn.Linear(3, 4), [])

@@ -15,7 +15,7 @@ def indicators(**options):
     joint = {"epochs": 1, "lr": 0.01, "batch_size": 512, **options}
     model = {"name": "cifar_resnet", "options": {"width": 4}}
     session = Session(make_recipe({"bits": [2, 4], "model": model, "joint": joint}))
-    return session.train_indicators(session.create_model(), None, None)
+    return session.train_indicators(session.create_model(), None, None)[0]
 
 
 @pytest.mark.parametrize(
