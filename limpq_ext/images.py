@@ -117,7 +117,7 @@ class ImageFiles:
         self.root = root
         self._channels = channels
         # Loading processes write into it, too.
-        self._broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+        self._broken = torch.zeros(len(paths), dtype=torch.bool, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,7 +195,8 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
     Args:
         names: Files, relative to the root.
         root: Their folder.
-        how: "open" reads headers (and the checksums of PNG), "decode" every pixel, "off" nothing.
+        how: "open" reads the header and end of a JPEG, the checksums of a PNG, and all of what is
+            neither or looks cut short; "decode" reads every pixel; "off" nothing.
         cache: A file that remembers, folder by folder, what was found; a folder in which no size
             and no time of change differs is not looked at again.
 
@@ -243,11 +244,8 @@ def _digest(*words: str) -> str:
 def _broken(path: Path, how: Scan) -> str:
     """Why a file cannot be read, or nothing."""
     try:
-        if how == "decode":
+        if how == "decode" or not _ends_well(path):
             read_image(path, 3)
-        else:
-            with require("PIL.Image", "train").open(path) as file:
-                file.verify()
     except MemoryError:
         raise
     except UnreadableImageError as error:
@@ -255,6 +253,20 @@ def _broken(path: Path, how: Scan) -> str:
     except Exception as error:  # see read_image
         return _reason(error)
     return ""
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether header and end of a PNG or JPEG file say that it is whole."""
+    with require("PIL.Image", "train").open(path) as file:
+        kind = file.format
+        if kind == "PNG":
+            file.verify()  # all checksums
+            return True
+    if kind != "JPEG":
+        return False
+    with path.open("rb") as raw:
+        raw.seek(-2, os.SEEK_END)
+        return raw.read() == b"\xff\xd9"
 
 
 def _read_cache(path: Path | None) -> dict[str, Any]:

@@ -96,16 +96,31 @@ def test_a_broken_file_is_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_scan_that_decodes_finds_all_of_them(tmp_path):
+@pytest.mark.parametrize("how", ["open", "decode"])
+def test_a_scan_finds_all_of_them(tmp_path, how):
     expected = broken_files(tmp_path)
-    written(tmp_path, Image.fromarray(RGB), "good.png")
-    scanned = scan_images(["good.png", *expected], tmp_path, "decode")
-    assert set(scanned.broken) == set(expected)
-    assert all(reason in scanned.broken[name] for name, reason in expected.items())
-    opened = scan_images(["good.png", *expected], tmp_path, "open").broken
-    assert {"empty.png", "text.png", "missing.png", "cut.png"} <= set(opened)
-    assert "good.png" not in opened
-    assert scan_images(["empty.png"], tmp_path, "off").broken == {}
+    good = ["good.png", "good.jpg", "good.webp", "trailing.jpg"]
+    for name in good:
+        written(tmp_path, Image.fromarray(RGB), name)
+    with (tmp_path / "trailing.jpg").open("ab") as file:
+        file.write(b"what a camera adds")
+    broken = scan_images([*good, *expected], tmp_path, how).broken
+    assert set(broken) == set(expected)
+    assert all(reason in broken[name] for name, reason in expected.items())
+
+
+def test_without_a_scan_nothing_is_looked_at(tmp_path):
+    assert scan_images(["missing.png"], tmp_path, "off").broken == {}
+
+
+def test_a_jpeg_that_is_damaged_inside_is_found_by_decoding_alone(tmp_path):
+    path = written(tmp_path, Image.fromarray(pixels(1, (64, 64))), "hole.jpg")
+    content = bytearray(path.read_bytes())
+    table = content.index(b"\xff\xc4")
+    content[table + 5 : table + 21] = 16 * b"\xff"
+    path.write_bytes(content)
+    assert scan_images(["hole.jpg"], tmp_path, "open").broken == {}
+    assert list(scan_images(["hole.jpg"], tmp_path, "decode").broken) == ["hole.jpg"]
 
 
 def test_a_scan_is_paid_once(tmp_path):
