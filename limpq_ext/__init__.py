@@ -23,7 +23,8 @@ if torch.__version__ != _build.TORCH_VERSION:
 from .bank import WeightBank
 from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
-from .data import make_loader
+from .data import Data, make_loader
+from .datasets import load_data
 from .failures import NonFiniteError
 from .files import FileFormatError
 from .finetune import finetune
@@ -51,6 +52,7 @@ __all__ = [
     "ActivationQuantizer",
     "Checkpoint",
     "Costs",
+    "Data",
     "Evaluation",
     "FileFormatError",
     "Indicators",
@@ -76,6 +78,7 @@ __all__ = [
     "apply_policy",
     "evaluate",
     "finetune",
+    "load_data",
     "lsq_fake_quantize",
     "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",

@@ -274,7 +274,7 @@ def test_a_folder_of_images_goes_through_every_stage(limpq, tmp_path):
         command += ["--set", setting]
     code, said, error = limpq(*command, "--epochs", 1, "--data-fraction", 0.5)
     assert code == 0, error
-    assert "data: 1 images are left out, the first: train/n01/3.JPEG: is not an image" in said
+    assert "data: images left out: 1, the first: train/n01/3.JPEG: is not an image" in said
     out = tmp_path / "runs" / "resnet18-imagenet"
     record = json.loads((out / "data.json").read_text())
     assert record["splits"] == {"train": 17, "val": 6, "test": 8}
