@@ -24,6 +24,9 @@ SUFFIXES: Final = frozenset(
 )
 """What counts as an image in a folder; other files are not looked at."""
 
+PIECE: Final = 500
+"""Files that a scan remembers together, and that one thread looks at."""
+
 Scan = Literal["off", "open", "decode"]
 OnCorrupt = Literal["error", "skip"]
 
@@ -112,7 +115,10 @@ class ImageFiles:
         channels: int = 3,
     ) -> None:
         # An array of bytes: a list of a million paths would be copied into every loading process.
-        self._names = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths])
+        prefix = os.path.join(root, "")  # noqa: PTH118  # of a million files
+        self._names = np.array(
+            [os.fsencode(path).removeprefix(os.fsencode(prefix)) for path in paths]
+        )
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         self.root = root
         self._channels = channels
@@ -197,8 +203,8 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
         root: Their folder.
         how: "open" reads the header and end of a JPEG, the checksums of a PNG, and all of what is
             neither or looks cut short; "decode" reads every pixel; "off" nothing.
-        cache: A file that remembers, folder by folder, what was found; a folder in which no size
-            and no time of change differs is not looked at again.
+        cache: A file that remembers, for a few hundred files at a time, what was found; those of
+            which no size and no time of change differs are not looked at again.
 
     Raises:
         OSError: The cache cannot be written.
@@ -208,20 +214,26 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(os.path.dirname(name), []).append(name)  # noqa: PTH120
+    pieces = {
+        f"{folder}:{start}": files[start : start + PIECE]
+        for folder, files in folders.items()
+        for start in range(0, len(files), PIECE)
+    }
     known = _read_cache(cache)
-    found: dict[str, Any] = {}
-    looked_at = 0
+
+    def look_at(piece: str) -> tuple[dict[str, Any], int]:
+        files = pieces[piece]
+        key = _digest(how, os.fspath(root), *files, *(_stamp(root / name) for name in files))
+        if known.get(piece, {}).get("key") == key:
+            return known[piece], 0
+        reasons = {name: _broken(root / name, how) for name in files}
+        return {"key": key, "broken": {n: why for n, why in reasons.items() if why}}, len(files)
+
+    # Threads: Pillow decodes, and files are read, without the interpreter's lock.
     with ThreadPoolExecutor() as pool:
-        for folder, files in folders.items():
-            stamps = pool.map(lambda name: _stamp(root / name), files)
-            key = _digest(how, os.fspath(root), *files, *stamps)
-            if known.get(folder, {}).get("key") == key:
-                found[folder] = known[folder]
-                continue
-            looked_at += len(files)
-            reasons = pool.map(lambda name: _broken(root / name, how), files)
-            why = {name: reason for name, reason in zip(files, reasons, strict=True) if reason}
-            found[folder] = {"key": key, "broken": why}
+        results = list(pool.map(look_at, pieces))
+    found = {piece: entry for piece, (entry, _) in zip(pieces, results, strict=True)}
+    looked_at = sum(count for _, count in results)
     if cache is not None and looked_at:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**known, **found})

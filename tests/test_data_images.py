@@ -147,7 +147,7 @@ def test_a_damaged_memory_of_a_scan_is_made_anew(tmp_path, content):
     cache = tmp_path / "scan.json"
     cache.write_text(content)
     assert scan_images(["a/0.png", "a/1.png"], tmp_path, "open", cache).looked_at == 2
-    assert list(json.loads(cache.read_text())["a"]) == ["key", "broken"]
+    assert list(json.loads(cache.read_text())["a:0"]) == ["key", "broken"]
 
 
 def test_other_files_of_a_folder_are_not_images(tmp_path):
@@ -168,3 +168,14 @@ def test_the_error_of_a_loading_process_is_the_same_line():
         sent = pickle.loads(pickle.dumps(wrapped(where="in DataLoader worker process 0")))
     with pytest.raises(UnreadableImageError, match=r"^x\.png: truncated$"):
         sent.reraise()
+
+
+def test_of_a_large_folder_only_the_piece_that_changed_is_looked_at_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("limpq_ext.images.PIECE", 4)
+    write_images(tmp_path / "a", 10)
+    names = [f"a/{number}.png" for number in range(10)]
+    cache = tmp_path / "scan.json"
+    assert scan_images(names, tmp_path, "open", cache).looked_at == 10
+    (tmp_path / "a" / "9.png").write_bytes(b"")
+    again = scan_images(names, tmp_path, "open", cache)
+    assert (again.looked_at, list(again.broken)) == (2, ["a/9.png"])
