@@ -24,7 +24,8 @@ from .bank import WeightBank
 from .calibration import calibrate, reestimate_batch_norm
 from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
-from .data import make_loader
+from .data import Data, make_loader
+from .datasets import load_data
 from .evaluation import Confusion, Evaluation, confuse, evaluate
 from .failures import NonFiniteError
 from .files import FileFormatError
@@ -57,6 +58,7 @@ __all__ = [
     "Checkpoint",
     "Confusion",
     "Costs",
+    "Data",
     "Evaluation",
     "FileFormatError",
     "Indicators",
@@ -87,6 +89,7 @@ __all__ = [
     "confuse",
     "evaluate",
     "finetune",
+    "load_data",
     "lsq_fake_quantize",
     "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",

@@ -98,7 +98,7 @@ class GlyphImages:
         """Draw all images, once, where they are cached."""
         if self._cache and self._pixels is None:
             shape = (len(self), self._channels, self._size, self._size)
-            pixels = torch.empty(shape, dtype=torch.uint8)
+            pixels = torch.empty(shape, dtype=torch.uint8, device="cpu")
             for index in range(len(self)):
                 pixels[index] = torch.from_numpy(self._draw(index))
             self._pixels = pixels

@@ -24,6 +24,9 @@ SUFFIXES: Final = frozenset(
 )
 """What counts as an image in a folder; other files are not looked at."""
 
+PIECE: Final = 500
+"""Files that a scan remembers together, and that one thread looks at."""
+
 Scan = Literal["off", "open", "decode"]
 OnCorrupt = Literal["error", "skip"]
 
@@ -112,12 +115,15 @@ class ImageFiles:
         channels: int = 3,
     ) -> None:
         # An array of bytes: a list of a million paths would be copied into every loading process.
-        self._names = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths])
+        prefix = os.path.join(root, "")  # noqa: PTH118  # of a million files
+        self._names = np.array(
+            [os.fsencode(path).removeprefix(os.fsencode(prefix)) for path in paths]
+        )
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         self.root = root
         self._channels = channels
         # Loading processes write into it, too.
-        self._broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+        self._broken = torch.zeros(len(paths), dtype=torch.bool, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,9 +201,10 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
     Args:
         names: Files, relative to the root.
         root: Their folder.
-        how: "open" reads headers (and the checksums of PNG), "decode" every pixel, "off" nothing.
-        cache: A file that remembers, folder by folder, what was found; a folder in which no size
-            and no time of change differs is not looked at again.
+        how: "open" reads the header and end of a JPEG, the checksums of a PNG, and all of what is
+            neither or looks cut short; "decode" reads every pixel; "off" nothing.
+        cache: A file that remembers, for a few hundred files at a time, what was found; those of
+            which no size and no time of change differs are not looked at again.
 
     Raises:
         OSError: The cache cannot be written.
@@ -207,20 +214,26 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(os.path.dirname(name), []).append(name)  # noqa: PTH120
+    pieces = {
+        f"{folder}:{start}": files[start : start + PIECE]
+        for folder, files in folders.items()
+        for start in range(0, len(files), PIECE)
+    }
     known = _read_cache(cache)
-    found: dict[str, Any] = {}
-    looked_at = 0
+
+    def look_at(piece: str) -> tuple[dict[str, Any], int]:
+        files = pieces[piece]
+        key = _digest(how, os.fspath(root), *files, *(_stamp(root / name) for name in files))
+        if known.get(piece, {}).get("key") == key:
+            return known[piece], 0
+        reasons = {name: _broken(root / name, how) for name in files}
+        return {"key": key, "broken": {n: why for n, why in reasons.items() if why}}, len(files)
+
+    # Threads: Pillow decodes, and files are read, without the interpreter's lock.
     with ThreadPoolExecutor() as pool:
-        for folder, files in folders.items():
-            stamps = pool.map(lambda name: _stamp(root / name), files)
-            key = _digest(how, os.fspath(root), *files, *stamps)
-            if known.get(folder, {}).get("key") == key:
-                found[folder] = known[folder]
-                continue
-            looked_at += len(files)
-            reasons = pool.map(lambda name: _broken(root / name, how), files)
-            why = {name: reason for name, reason in zip(files, reasons, strict=True) if reason}
-            found[folder] = {"key": key, "broken": why}
+        results = list(pool.map(look_at, pieces))
+    found = {piece: entry for piece, (entry, _) in zip(pieces, results, strict=True)}
+    looked_at = sum(count for _, count in results)
     if cache is not None and looked_at:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**known, **found})
@@ -243,11 +256,8 @@ def _digest(*words: str) -> str:
 def _broken(path: Path, how: Scan) -> str:
     """Why a file cannot be read, or nothing."""
     try:
-        if how == "decode":
+        if how == "decode" or not _ends_well(path):
             read_image(path, 3)
-        else:
-            with require("PIL.Image", "train").open(path) as file:
-                file.verify()
     except MemoryError:
         raise
     except UnreadableImageError as error:
@@ -255,6 +265,20 @@ def _broken(path: Path, how: Scan) -> str:
     except Exception as error:  # see read_image
         return _reason(error)
     return ""
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether header and end of a PNG or JPEG file say that it is whole."""
+    with require("PIL.Image", "train").open(path) as file:
+        kind = file.format
+        if kind == "PNG":
+            file.verify()  # all checksums
+            return True
+    if kind != "JPEG":
+        return False
+    with path.open("rb") as raw:
+        raw.seek(-2, os.SEEK_END)
+        return raw.read() == b"\xff\xd9"
 
 
 def _read_cache(path: Path | None) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     skipped = session.data.record.get("skipped", {})
     if skipped:
         first, reason = next(iter(skipped.items()))
-        reporter.say(f"data: {len(skipped)} images are left out, the first: {first}: {reason}")
+        reporter.say(f"data: images left out: {len(skipped)}, the first: {first}: {reason}")
 
     with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as stage:
         if stage.go:
@@ -712,8 +712,8 @@ def _note_broken(data: Data, folder: Path, reporter: Reporter) -> None:
         data.record["broken_while_loading"] = names
         from_main(lambda: write_json(folder / DATA, data.record))
         reporter.say(
-            f"data: {len(names)} images could not be read and were replaced by others, such as"
-            f" {names[-1]}"
+            f"data: images that could not be read and were replaced by others: {len(names)},"
+            f" such as {names[-1]}"
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .bits import MAX_BITS, MIN_BITS
 from .extras import require
@@ -233,7 +234,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
             f"recipe '{name}' does not exist: expected a file, or one of {', '.join(shipped)}"
         )
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: not a YAML file: {reason}") from error
@@ -274,7 +275,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ValueError(f"'{text}': expected KEY=VALUE, for example finetune.epochs=3")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), _read_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"'{text}': the value is not YAML") from error
 
@@ -307,6 +308,21 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe
                 )
         inner[last] = value
     return make_recipe(content, source=source)
+
+
+def _read_yaml(text: str) -> Any:
+    """YAML in which "off" is a word: of booleans there are true and false alone, as in YAML 1.2."""
+    yaml = require("yaml", "cli")
+    boolean = "tag:yaml.org,2002:bool"
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # imported by require
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [(tag, pattern) for tag, pattern in pairs if tag != boolean]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(boolean, re.compile("^(true|True|false|False)$"), list("tTfF"))
+    return yaml.load(text, Loader)  # a subclass of the safe one
 
 
 def dump_recipe(recipe: Recipe) -> str:

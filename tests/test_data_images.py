@@ -96,16 +96,31 @@ def test_a_broken_file_is_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_scan_that_decodes_finds_all_of_them(tmp_path):
+@pytest.mark.parametrize("how", ["open", "decode"])
+def test_a_scan_finds_all_of_them(tmp_path, how):
     expected = broken_files(tmp_path)
-    written(tmp_path, Image.fromarray(RGB), "good.png")
-    scanned = scan_images(["good.png", *expected], tmp_path, "decode")
-    assert set(scanned.broken) == set(expected)
-    assert all(reason in scanned.broken[name] for name, reason in expected.items())
-    opened = scan_images(["good.png", *expected], tmp_path, "open").broken
-    assert {"empty.png", "text.png", "missing.png", "cut.png"} <= set(opened)
-    assert "good.png" not in opened
-    assert scan_images(["empty.png"], tmp_path, "off").broken == {}
+    good = ["good.png", "good.jpg", "good.webp", "trailing.jpg"]
+    for name in good:
+        written(tmp_path, Image.fromarray(RGB), name)
+    with (tmp_path / "trailing.jpg").open("ab") as file:
+        file.write(b"what a camera adds")
+    broken = scan_images([*good, *expected], tmp_path, how).broken
+    assert set(broken) == set(expected)
+    assert all(reason in broken[name] for name, reason in expected.items())
+
+
+def test_without_a_scan_nothing_is_looked_at(tmp_path):
+    assert scan_images(["missing.png"], tmp_path, "off").broken == {}
+
+
+def test_a_jpeg_that_is_damaged_inside_is_found_by_decoding_alone(tmp_path):
+    path = written(tmp_path, Image.fromarray(pixels(1, (64, 64))), "hole.jpg")
+    content = bytearray(path.read_bytes())
+    table = content.index(b"\xff\xc4")
+    content[table + 5 : table + 21] = 16 * b"\xff"
+    path.write_bytes(content)
+    assert scan_images(["hole.jpg"], tmp_path, "open").broken == {}
+    assert list(scan_images(["hole.jpg"], tmp_path, "decode").broken) == ["hole.jpg"]
 
 
 def test_a_scan_is_paid_once(tmp_path):
@@ -132,7 +147,7 @@ def test_a_damaged_memory_of_a_scan_is_made_anew(tmp_path, content):
     cache = tmp_path / "scan.json"
     cache.write_text(content)
     assert scan_images(["a/0.png", "a/1.png"], tmp_path, "open", cache).looked_at == 2
-    assert list(json.loads(cache.read_text())["a"]) == ["key", "broken"]
+    assert list(json.loads(cache.read_text())["a:0"]) == ["key", "broken"]
 
 
 def test_other_files_of_a_folder_are_not_images(tmp_path):
@@ -153,3 +168,14 @@ def test_the_error_of_a_loading_process_is_the_same_line():
         sent = pickle.loads(pickle.dumps(wrapped(where="in DataLoader worker process 0")))
     with pytest.raises(UnreadableImageError, match=r"^x\.png: truncated$"):
         sent.reraise()
+
+
+def test_of_a_large_folder_only_the_piece_that_changed_is_looked_at_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("limpq_ext.images.PIECE", 4)
+    write_images(tmp_path / "a", 10)
+    names = [f"a/{number}.png" for number in range(10)]
+    cache = tmp_path / "scan.json"
+    assert scan_images(names, tmp_path, "open", cache).looked_at == 10
+    (tmp_path / "a" / "9.png").write_bytes(b"")
+    again = scan_images(names, tmp_path, "open", cache)
+    assert (again.looked_at, list(again.broken)) == (2, ["a/9.png"])

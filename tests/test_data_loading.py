@@ -1,5 +1,10 @@
 """Batches of image files: the same for any number of processes, and after a resume."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +95,31 @@ def test_a_part_is_stratified_and_augmented_alike(folder):
     assert set(part.indices) <= set(data.train.indices)
     assert part.random
     assert np.array_equal(part.indices, data.train.part(0.5, 0).indices)
+
+
+@pytest.mark.slow
+def test_two_processes_scan_once_and_count_what_broke_in_either(tmp_path):
+    root, out = tmp_path / "images", tmp_path / "out"
+    for part in ("train", "val"):
+        write_classes(root / part, {"a": 10, "b": 10}, suffix=".jpg")
+    for broken in ("a/0.jpg", "b/7.jpg"):
+        (root / "train" / broken).write_bytes(b"")
+    settings = ["data.name=imagenet", "data.image_size=16", "data.on_corrupt=skip"]
+    settings += ["data.val_fraction=0", "data.workers=1", "bits=[2, 4]", "device=cpu"]
+    settings += ["model.options={blocks: 1, width: 4}", "joint.epochs=1", "finetune.epochs=1"]
+    settings += [f"{s}.batch_size=4" for s in ("float_training", "joint", "finetune")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "limpq_ext", "run", "--data", root, "--out", out]
+    for setting in (*settings, "float_training.epochs=3"):
+        command += ["--set", setting]
+
+    def run(*more):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *more], check=True, env=environment, capture_output=True)
+        return json.loads((out / "data.json").read_text())
+
+    record = run()
+    assert sorted(record["skipped"]) == ["train/a/0.jpg", "train/b/7.jpg"]
+    assert (out / "scan.json").exists()
+    record = run("--set", "data.scan=off", "--fresh")
+    assert record["broken_while_loading"] == ["train/a/0.jpg", "train/b/7.jpg"]

@@ -128,6 +128,13 @@ def test_broken_files_are_skipped_and_counted(tmp_path):
     assert data.broken() == []
 
 
+def test_where_all_files_are_broken_nothing_is_left_to_train_on(tmp_path):
+    for path in write_classes(tmp_path, {"a": 2}).rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="data set imagefolder: there are no images to train on"):
+        load_data("imagefolder", root=tmp_path, on_corrupt="skip")
+
+
 def test_a_file_that_breaks_later_is_replaced_by_the_next_of_its_split(tmp_path):
     data = load_data(
         "imagefolder", root=write_classes(tmp_path, COUNTS), on_corrupt="skip", augment="none"

@@ -66,6 +66,19 @@ def test_a_build_without_torch_ends_with_one_sentence(tmp_path):
     assert "--no-build-isolation" in last
 
 
+def test_what_is_installed_carries_the_recipes(tmp_path):
+    arguments = ["setup.py", "egg_info", "--egg-base", str(tmp_path)]
+    arguments += ["build_py", "--build-lib", str(tmp_path / "lib")]
+    told = python(
+        f"__file__ = 'setup.py'\nimport sys\nsys.argv = {arguments}\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    )
+    assert told.returncode == 0, told.stderr
+    recipes = {path.name for path in (ROOT / "limpq_ext" / "recipes").glob("*.yaml")}
+    assert {path.name for path in (tmp_path / "lib").rglob("recipes/*.yaml")} == recipes
+    assert len(recipes) >= 7
+
+
 @pytest.mark.parametrize(
     ("wish", "message"), [("2", "LIMPQ_CUDA is '2', expected 0 or 1"), ("1", "LIMPQ_CUDA=1, but")]
 )

@@ -120,6 +120,8 @@ def test_the_numbers_of_limpq_are_its_published_ones(name):
         ("model.options={width: 4}", "model.options", {"width": 4}),
         ("model.options.width=8", "model.options.width", 8),
         ("joint.distill=true", "joint.distill", True),
+        ("joint.autocast=off", "joint.autocast", "off"),
+        ("data.scan=off", "data.scan", "off"),
     ],
 )
 def test_any_value_can_be_set_by_its_key(text, key, value):
