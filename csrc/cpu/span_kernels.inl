@@ -182,6 +182,24 @@ inline void backward_block(const C* __restrict x, const C* __restrict grad, C* _
   }
 }
 
+// The ReLU in front takes passes of its own over a block, in the L1 cache: then nothing without one
+// pays for it.
+
+/// What is quantized of a block: x itself, or what the ReLU makes of it in `buffer`.
+template <typename C>
+inline const C* apply_relu(const C* __restrict x, C* __restrict buffer, int64_t n, Relu<C> relu) {
+  if (!relu.present) return x;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = relu.value(x[i]);
+  return buffer;
+}
+
+/// `x` may be what apply_relu() gave.
+template <typename C>
+inline void stop_gradient(const C* __restrict x, C* __restrict dx, int64_t n, Relu<C> relu) {
+  if (!relu.present) return;
+  for (int64_t i = 0; i < n; ++i) dx[i] = relu.passes(x[i]) ? dx[i] : C(0);
+}
+
 // --- spans --------------------------------------------------------------------------------------
 
 /// Calls body(offset, length) for the blocks of a span.
@@ -191,13 +209,14 @@ inline void for_each_block(int64_t n, Body body) {
 }
 
 /// Forward over a span; quantize(k, offset, x, y, length) does one block of one bit-width.
-template <typename T, typename Quantize>
-inline void forward_span(const T* x, T* const* y, int64_t n, int count, Quantize quantize) {
-  using C = typename ComputeType<T>::type;
+template <typename T, typename C, typename Quantize>
+inline void forward_span(const T* x, T* const* y, int64_t n, Relu<C> relu, int count,
+                         Quantize quantize) {
   Reader<T, C> x_reader;
   Writer<T, C> y_writer;
+  C behind_relu[block_size];
   for_each_block(n, [&](int64_t offset, int64_t length) {
-    const C* x_block = x_reader.read(x + offset, length);
+    const C* x_block = apply_relu(x_reader.read(x + offset, length), behind_relu, length, relu);
     for (int k = 0; k < count; ++k) {
       quantize(k, offset, x_block, y_writer.open(y[k] + offset), length);
       y_writer.close(y[k] + offset, length);
@@ -206,15 +225,15 @@ inline void forward_span(const T* x, T* const* y, int64_t n, int count, Quantize
 }
 
 /// Backward over a span; differentiate(accumulate, k, offset, x, grad, dx, length) does one block.
-template <typename T, typename Differentiate>
-inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, int count,
-                          Differentiate differentiate) {
-  using C = typename ComputeType<T>::type;
+template <typename T, typename C, typename Differentiate>
+inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+                          int count, Differentiate differentiate) {
   Reader<T, C> x_reader;
   Reader<T, C> grad_reader;
   Writer<T, C> dx_writer;
+  C behind_relu[block_size];
   for_each_block(n, [&](int64_t offset, int64_t length) {
-    const C* x_block = x_reader.read(x + offset, length);
+    const C* x_block = apply_relu(x_reader.read(x + offset, length), behind_relu, length, relu);
     C* dx_block = dx_writer.open(dx + offset);
     bool accumulate = false;
     for (int k = 0; k < count; ++k) {
@@ -226,21 +245,23 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, in
     if (!accumulate) {
       for (int64_t i = 0; i < length; ++i) dx_block[i] = C(0);
     }
+    stop_gradient(x_block, dx_block, length, relu);
     dx_writer.close(dx + offset, length);
   });
 }
 
 template <typename T, typename C>
-void forward(const T* x, T* const* y, int64_t n, const Step<C>* steps, int count) {
-  forward_span(x, y, n, count, [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
-    forward_block(x_block, y_block, length, steps[k]);
-  });
+void forward(const T* x, T* const* y, int64_t n, Relu<C> relu, const Step<C>* steps, int count) {
+  forward_span(x, y, n, relu, count,
+               [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
+                 forward_block(x_block, y_block, length, steps[k]);
+               });
 }
 
 template <typename T, typename C>
-void backward(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>* steps, int count,
-              double* dscale) {
-  backward_span(x, grad, dx, n, count,
+void backward(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+              const Step<C>* steps, int count, double* dscale) {
+  backward_span(x, grad, dx, n, relu, count,
                 [=](bool accumulate, int k, int64_t, const C* x_block, const C* grad_block,
                     C* dx_block, int64_t length) {
                   dscale[k] +=
@@ -251,20 +272,20 @@ void backward(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>*
 }
 
 template <typename T, typename C>
-void forward_elementwise(const T* x, T* const* y, int64_t n, const C* const* scale, Guard<C> guard,
-                         const Range<C>* ranges, int count) {
-  forward_span(x, y, n, count,
+void forward_elementwise(const T* x, T* const* y, int64_t n, Relu<C> relu, const C* const* scale,
+                         Guard<C> guard, const Range<C>* ranges, int count) {
+  forward_span(x, y, n, relu, count,
                [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
                  forward_block(x_block, y_block, length, scale[k] + offset, guard, ranges[k]);
                });
 }
 
 template <typename T, typename C>
-void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, const C* const* scale,
-                          Guard<C> guard, const Range<C>* ranges, int count,
+void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+                          const C* const* scale, Guard<C> guard, const Range<C>* ranges, int count,
                           double* const* dscale) {
   backward_span(
-      x, grad, dx, n, count,
+      x, grad, dx, n, relu, count,
       [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
           C* dx_block, int64_t length) {
         const C* s = scale[k] + offset;
