@@ -132,36 +132,52 @@ struct Writer<C, C> {
   void close(C*, int64_t) {}
 };
 
+/// In the place of a Relu where there is none, so that nothing is computed for it.
+template <typename C>
+struct NoRelu {
+  C value(C x) const { return x; }
+  bool passes(C) const { return true; }
+};
+
 // --- blocks in the compute type ---------------------------------------------------------------
 
-template <typename C>
-inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, Step<C> step) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quantize(x[i], step.scale, step.range);
+template <typename C, typename MaybeRelu>
+inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, MaybeRelu relu,
+                          Step<C> step) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quantize(relu.value(x[i]), step.scale, step.range);
 }
 
-template <typename C>
-inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n,
+template <typename C, typename MaybeRelu>
+inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, MaybeRelu relu,
                           const C* __restrict scale, Guard<C> guard, Range<C> range) {
   for (int64_t i = 0; i < n; ++i) {
-    y[i] = fake_quantize(x[i], guard_scale(scale[i], guard.scale_min, guard.scale_max), range);
+    const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
+    y[i] = fake_quantize(relu.value(x[i]), guarded, range);
   }
 }
 
-template <bool accumulate, typename C>
+/// fake_quantize_backward through the ReLU.
+template <typename C, typename MaybeRelu>
+LIMPQ_INLINE Gradients<C> backward_element(C grad, C x, MaybeRelu relu, C scale, Range<C> range) {
+  const Gradients<C> out = fake_quantize_backward(grad, relu.value(x), scale, range);
+  return {relu.passes(x) ? out.dx : C(0), out.dscale};
+}
+
+template <bool accumulate, typename C, typename MaybeRelu>
 inline double backward_block(const C* __restrict x, const C* __restrict grad, C* __restrict dx,
-                             int64_t n, Step<C> step) {
+                             int64_t n, MaybeRelu relu, Step<C> step) {
   C lanes[lane_count] = {};
   int64_t i = 0;
   for (; i + lane_count <= n; i += lane_count) {
     for (int64_t lane = 0; lane < lane_count; ++lane) {
       const Gradients<C> out =
-          fake_quantize_backward(grad[i + lane], x[i + lane], step.scale, step.range);
+          backward_element(grad[i + lane], x[i + lane], relu, step.scale, step.range);
       dx[i + lane] = accumulate ? dx[i + lane] + out.dx : out.dx;
       lanes[lane] += out.dscale;
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], step.scale, step.range);
+    const Gradients<C> out = backward_element(grad[i], x[i], relu, step.scale, step.range);
     dx[i] = accumulate ? dx[i] + out.dx : out.dx;
     lanes[lane] += out.dscale;
   }
@@ -170,34 +186,16 @@ inline double backward_block(const C* __restrict x, const C* __restrict grad, C*
   return sum;
 }
 
-template <bool accumulate, typename C>
+template <bool accumulate, typename C, typename MaybeRelu>
 inline void backward_block(const C* __restrict x, const C* __restrict grad, C* __restrict dx,
-                           int64_t n, const C* __restrict scale, Guard<C> guard, Range<C> range,
-                           double* __restrict dscale) {
+                           int64_t n, MaybeRelu relu, const C* __restrict scale, Guard<C> guard,
+                           Range<C> range, double* __restrict dscale) {
   for (int64_t i = 0; i < n; ++i) {
     const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
-    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], guarded, range);
+    const Gradients<C> out = backward_element(grad[i], x[i], relu, guarded, range);
     dx[i] = accumulate ? dx[i] + out.dx : out.dx;
     dscale[i] += double(out.dscale);
   }
-}
-
-// The ReLU in front takes passes of its own over a block, in the L1 cache: then nothing without one
-// pays for it.
-
-/// What is quantized of a block: x itself, or what the ReLU makes of it in `buffer`.
-template <typename C>
-inline const C* apply_relu(const C* __restrict x, C* __restrict buffer, int64_t n, Relu<C> relu) {
-  if (!relu.present) return x;
-  for (int64_t i = 0; i < n; ++i) buffer[i] = relu.value(x[i]);
-  return buffer;
-}
-
-/// `x` may be what apply_relu() gave.
-template <typename C>
-inline void stop_gradient(const C* __restrict x, C* __restrict dx, int64_t n, Relu<C> relu) {
-  if (!relu.present) return;
-  for (int64_t i = 0; i < n; ++i) dx[i] = relu.passes(x[i]) ? dx[i] : C(0);
 }
 
 // --- spans --------------------------------------------------------------------------------------
@@ -209,14 +207,13 @@ inline void for_each_block(int64_t n, Body body) {
 }
 
 /// Forward over a span; quantize(k, offset, x, y, length) does one block of one bit-width.
-template <typename T, typename C, typename Quantize>
-inline void forward_span(const T* x, T* const* y, int64_t n, Relu<C> relu, int count,
-                         Quantize quantize) {
+template <typename T, typename Quantize>
+inline void forward_span(const T* x, T* const* y, int64_t n, int count, Quantize quantize) {
+  using C = typename ComputeType<T>::type;
   Reader<T, C> x_reader;
   Writer<T, C> y_writer;
-  C behind_relu[block_size];
   for_each_block(n, [&](int64_t offset, int64_t length) {
-    const C* x_block = apply_relu(x_reader.read(x + offset, length), behind_relu, length, relu);
+    const C* x_block = x_reader.read(x + offset, length);
     for (int k = 0; k < count; ++k) {
       quantize(k, offset, x_block, y_writer.open(y[k] + offset), length);
       y_writer.close(y[k] + offset, length);
@@ -225,15 +222,15 @@ inline void forward_span(const T* x, T* const* y, int64_t n, Relu<C> relu, int c
 }
 
 /// Backward over a span; differentiate(accumulate, k, offset, x, grad, dx, length) does one block.
-template <typename T, typename C, typename Differentiate>
-inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
-                          int count, Differentiate differentiate) {
+template <typename T, typename Differentiate>
+inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, int count,
+                          Differentiate differentiate) {
+  using C = typename ComputeType<T>::type;
   Reader<T, C> x_reader;
   Reader<T, C> grad_reader;
   Writer<T, C> dx_writer;
-  C behind_relu[block_size];
   for_each_block(n, [&](int64_t offset, int64_t length) {
-    const C* x_block = apply_relu(x_reader.read(x + offset, length), behind_relu, length, relu);
+    const C* x_block = x_reader.read(x + offset, length);
     C* dx_block = dx_writer.open(dx + offset);
     bool accumulate = false;
     for (int k = 0; k < count; ++k) {
@@ -245,57 +242,74 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, Re
     if (!accumulate) {
       for (int64_t i = 0; i < length; ++i) dx_block[i] = C(0);
     }
-    stop_gradient(x_block, dx_block, length, relu);
     dx_writer.close(dx + offset, length);
   });
 }
 
-template <typename T, typename C>
-void forward(const T* x, T* const* y, int64_t n, Relu<C> relu, const Step<C>* steps, int count) {
-  forward_span(x, y, n, relu, count,
-               [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
-                 forward_block(x_block, y_block, length, steps[k]);
-               });
+/// Calls run(relu) with the ReLU, or with what stands for none.
+template <typename C, typename Run>
+inline void with_relu(Relu<C> relu, Run run) {
+  if (relu.present) {
+    run(relu);
+  } else {
+    run(NoRelu<C>());
+  }
 }
 
 template <typename T, typename C>
-void backward(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+void forward(const T* x, T* const* y, int64_t n, Relu<C> given, const Step<C>* steps, int count) {
+  with_relu(given, [=](auto relu) {
+    forward_span(x, y, n, count, [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
+      forward_block(x_block, y_block, length, relu, steps[k]);
+    });
+  });
+}
+
+template <typename T, typename C>
+void backward(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> given,
               const Step<C>* steps, int count, double* dscale) {
-  backward_span(x, grad, dx, n, relu, count,
-                [=](bool accumulate, int k, int64_t, const C* x_block, const C* grad_block,
-                    C* dx_block, int64_t length) {
-                  dscale[k] +=
-                      accumulate
-                          ? backward_block<true>(x_block, grad_block, dx_block, length, steps[k])
-                          : backward_block<false>(x_block, grad_block, dx_block, length, steps[k]);
-                });
+  with_relu(given, [=](auto relu) {
+    backward_span(x, grad, dx, n, count,
+                  [=](bool accumulate, int k, int64_t, const C* x_block, const C* grad_block,
+                      C* dx_block, int64_t length) {
+                    dscale[k] += accumulate ? backward_block<true>(x_block, grad_block, dx_block,
+                                                                   length, relu, steps[k])
+                                            : backward_block<false>(x_block, grad_block, dx_block,
+                                                                    length, relu, steps[k]);
+                  });
+  });
 }
 
 template <typename T, typename C>
-void forward_elementwise(const T* x, T* const* y, int64_t n, Relu<C> relu, const C* const* scale,
+void forward_elementwise(const T* x, T* const* y, int64_t n, Relu<C> given, const C* const* scale,
                          Guard<C> guard, const Range<C>* ranges, int count) {
-  forward_span(x, y, n, relu, count,
-               [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
-                 forward_block(x_block, y_block, length, scale[k] + offset, guard, ranges[k]);
-               });
+  with_relu(given, [=](auto relu) {
+    forward_span(
+        x, y, n, count, [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
+          forward_block(x_block, y_block, length, relu, scale[k] + offset, guard, ranges[k]);
+        });
+  });
 }
 
 template <typename T, typename C>
-void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> given,
                           const C* const* scale, Guard<C> guard, const Range<C>* ranges, int count,
                           double* const* dscale) {
-  backward_span(
-      x, grad, dx, n, relu, count,
-      [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
-          C* dx_block, int64_t length) {
-        const C* s = scale[k] + offset;
-        double* ds = dscale[k] + offset;
-        if (accumulate) {
-          backward_block<true>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
-        } else {
-          backward_block<false>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
-        }
-      });
+  with_relu(given, [=](auto relu) {
+    backward_span(x, grad, dx, n, count,
+                  [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
+                      C* dx_block, int64_t length) {
+                    const C* s = scale[k] + offset;
+                    double* ds = dscale[k] + offset;
+                    if (accumulate) {
+                      backward_block<true>(x_block, grad_block, dx_block, length, relu, s, guard,
+                                           ranges[k], ds);
+                    } else {
+                      backward_block<false>(x_block, grad_block, dx_block, length, relu, s, guard,
+                                            ranges[k], ds);
+                    }
+                  });
+  });
 }
 
 }  // namespace
