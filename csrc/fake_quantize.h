@@ -11,8 +11,13 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <optional>
 
 namespace limpq {
+
+template <typename C>
+struct Relu;  // in lsq.h, for the kernels
 
 enum class DataType { float32, float64, float16, bfloat16 };
 
@@ -41,8 +46,15 @@ struct Problem {
   double quant_max[max_bit_widths];
   double scale_min;  // the scale used is max(min(scale, scale_max), scale_min)
   double scale_max;
+  // min(max(x, 0), relu_max) is quantized, and every quant_min is 0; rounded to dtype.
+  std::optional<double> relu_max;
 
   int64_t numel() const { return outer * channels * inner; }
+
+  template <typename C>
+  Relu<C> relu() const {
+    return {relu_max.has_value(), C(relu_max.value_or(std::numeric_limits<double>::infinity()))};
+  }
 };
 
 struct ForwardProblem : Problem {

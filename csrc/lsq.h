@@ -24,6 +24,28 @@ struct Range {
   C quant_max;
 };
 
+/// The ReLU that a quantizer may have in front: x' = min(max(x, 0), ceiling) is quantized instead
+/// of x. An infinite ceiling is ReLU, 6 is ReLU6. Only with quant_min 0.
+template <typename C>
+struct Relu {
+  bool present;
+  C ceiling;  // a value of the tensor's data type; infinite without a ReLU
+
+  /// x'; a NaN stays a NaN, and on the host -0.0 stays -0.0, as in PyTorch's CPU kernels.
+  LIMPQ_INLINE C value(C x) const {
+    const C capped = x > ceiling ? ceiling : x;
+#if defined(__CUDA_ARCH__)
+    return capped;  // clamp_to_range does the rest: what is below 0, and -0.0, becomes 0
+#else
+    // Where a negative x / scale underflows, clamp_to_range would see -0.0 and leave it.
+    return present & (x < C(0)) ? C(0) : capped;
+#endif
+  }
+
+  /// Whether the gradient of x' reaches x, for x or x' itself: as in PyTorch not at the bounds.
+  LIMPQ_INLINE bool passes(C x) const { return (x > C(0)) & (x < ceiling); }
+};
+
 /// max(min(scale, scale_max), scale_min), so that a step is never zero or negative. NaN stays NaN.
 template <typename C>
 LIMPQ_INLINE C guard_scale(C scale, C scale_min, C scale_max) {

@@ -88,9 +88,9 @@ std::tuple<Tensor, Tensor> backward_of(at::TensorList grads, const Tensor& x, co
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row, int64_t quant_min,
                      int64_t quant_max, std::optional<int64_t> channel_axis, double grad_factor,
-                     double scale_min, double scale_max, bool relu) {
+                     double scale_min, double scale_max, std::optional<double> relu_max) {
   const Quantization how = {scale_row,    quant_min, quant_max, grad_factor,
-                            channel_axis, scale_min, scale_max, relu};
+                            channel_axis, scale_min, scale_max, relu_max};
   check_arguments(x, scale, how);
   const Tensor x_dense = as_dense(x);
   const Tensor y = empty_as(x_dense);
@@ -98,23 +98,21 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row, in
   return y;
 }
 
-std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
-                                                  const Tensor& scale, int64_t scale_row,
-                                                  int64_t quant_min, int64_t quant_max,
-                                                  std::optional<int64_t> channel_axis,
-                                                  double grad_factor, double scale_min,
-                                                  double scale_max, bool relu) {
+std::tuple<Tensor, Tensor> fake_quantize_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, int64_t scale_row, int64_t quant_min,
+    int64_t quant_max, std::optional<int64_t> channel_axis, double grad_factor, double scale_min,
+    double scale_max, std::optional<double> relu_max) {
   return backward_of(
       grad, x, scale,
-      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max, relu});
+      {scale_row, quant_min, quant_max, grad_factor, channel_axis, scale_min, scale_max, relu_max});
 }
 
 Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
                            at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
                            std::optional<int64_t> channel_axis, at::ArrayRef<double> grad_factors,
-                           double scale_min, double scale_max) {
+                           double scale_min, double scale_max, std::optional<double> relu_max) {
   const Quantization how = {scale_rows,   quant_mins, quant_maxs, grad_factors,
-                            channel_axis, scale_min,  scale_max};
+                            channel_axis, scale_min,  scale_max,  relu_max};
   check_arguments(x, scale, how);
   check_bit_widths(how);
   const Tensor x_dense = as_dense(x);
@@ -132,12 +130,12 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
     const c10::List<std::optional<Tensor>>& grads, const Tensor& x, const Tensor& scale,
     at::IntArrayRef scale_rows, at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
     std::optional<int64_t> channel_axis, at::ArrayRef<double> grad_factors, double scale_min,
-    double scale_max) {
+    double scale_max, std::optional<double> relu_max) {
   std::vector<Tensor> gradients;
   for (const std::optional<Tensor>& grad : grads) gradients.push_back(grad.value_or(Tensor()));
-  return backward_of(
-      gradients, x, scale,
-      {scale_rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max});
+  return backward_of(gradients, x, scale,
+                     {scale_rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
+                      scale_max, relu_max});
 }
 
 // --- one problem whose bit-width a tensor names --------------------------------------------------
@@ -149,9 +147,9 @@ struct Candidates {
 
   Candidates(at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
              at::ArrayRef<double> grad_factors, std::optional<int64_t> channel_axis,
-             double scale_min, double scale_max, bool relu)
-      : rows(quant_mins.size()),
-        all{rows, quant_mins, quant_maxs, grad_factors, channel_axis, scale_min, scale_max, relu} {
+             double scale_min, double scale_max, std::optional<double> relu_max)
+      : rows(quant_mins.size()), all{rows,         quant_mins, quant_maxs, grad_factors,
+                                     channel_axis, scale_min,  scale_max,  relu_max} {
     for (size_t k = 0; k < rows.size(); ++k) rows[k] = int64_t(k);
     all.scale_rows = rows;
   }
@@ -193,9 +191,9 @@ Tensor fake_quantize_selected(const Tensor& x, const Tensor& scale, const Tensor
                               at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
                               std::optional<int64_t> channel_axis,
                               at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
-                              bool relu) {
+                              std::optional<double> relu_max) {
   const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
-                              scale_max, relu);
+                              scale_max, relu_max);
   check_candidates(x, scale, selected, candidates);
   const Tensor x_dense = as_dense(x);
   const Tensor y = empty_as(x_dense);
@@ -210,9 +208,10 @@ Tensor fake_quantize_selected(const Tensor& x, const Tensor& scale, const Tensor
 std::tuple<Tensor, Tensor> fake_quantize_selected_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
     at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
-    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+    std::optional<double> relu_max) {
   const Candidates candidates(quant_mins, quant_maxs, grad_factors, channel_axis, scale_min,
-                              scale_max, relu);
+                              scale_max, relu_max);
   check_candidates(x, scale, selected, candidates);
   if (!x.is_cpu()) {
     return backward_of(grad, x, scale, candidates.all, selected.const_data_ptr<int64_t>());
@@ -249,7 +248,7 @@ P part_problem(int64_t part, const Tensor& x_dense, const Tensor& compute_scale,
   P problem;
   describe(problem, x_dense, compute_scale,
            {first_row, one(how.quant_mins), one(how.quant_maxs), one(how.grad_factors),
-            how.channel_axis, how.scale_min, how.scale_max});
+            how.channel_axis, how.scale_min, how.scale_max, how.relu_max});
   problem.scale = static_cast<const char*>(problem.scale) +
                   how.scale_rows[part] * problem.channels * compute_scale.element_size();
   problem.scale_rows = 1;
@@ -266,9 +265,9 @@ P part_problem(int64_t part, const Tensor& x_dense, const Tensor& compute_scale,
 Tensor fake_quantize_grouped(const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
                              at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
                              std::optional<int64_t> channel_axis, at::ArrayRef<double> grad_factors,
-                             double scale_min, double scale_max) {
+                             double scale_min, double scale_max, std::optional<double> relu_max) {
   const Quantization how = {scale_rows,   quant_mins, quant_maxs, grad_factors,
-                            channel_axis, scale_min,  scale_max};
+                            channel_axis, scale_min,  scale_max,  relu_max};
   check_parts(x, scale, how);
   const Tensor x_dense = as_dense_parts(x);
   const Tensor y = empty_as(x_dense);
@@ -288,9 +287,10 @@ Tensor fake_quantize_grouped(const Tensor& x, const Tensor& scale, at::IntArrayR
 std::tuple<Tensor, Tensor> fake_quantize_grouped_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
     at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
-    at::ArrayRef<double> grad_factors, double scale_min, double scale_max) {
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+    std::optional<double> relu_max) {
   const Quantization how = {scale_rows,   quant_mins, quant_maxs, grad_factors,
-                            channel_axis, scale_min,  scale_max};
+                            channel_axis, scale_min,  scale_max,  relu_max};
   check_parts(x, scale, how);
   const Tensor x_dense = as_dense_parts(x);
   const Tensor dx = empty_as(x_dense);
@@ -407,17 +407,18 @@ Tensor with_gradient(const Tensor& x, const Tensor& scale, Forward forward,
 Tensor fake_quantize_autograd(const Tensor& x, const Tensor& scale, int64_t scale_row,
                               int64_t quant_min, int64_t quant_max,
                               std::optional<int64_t> channel_axis, double grad_factor,
-                              double scale_min, double scale_max, bool relu) {
+                              double scale_min, double scale_max, std::optional<double> relu_max) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_operator().call(x, scale, scale_row, quant_min, quant_max,
-                                             channel_axis, grad_factor, scale_min, scale_max, relu);
+                                             channel_axis, grad_factor, scale_min, scale_max,
+                                             relu_max);
       },
       [=](const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
         return fake_quantize_backward_operator().call(grad, saved_x, saved_scale, scale_row,
                                                       quant_min, quant_max, channel_axis,
-                                                      grad_factor, scale_min, scale_max, relu);
+                                                      grad_factor, scale_min, scale_max, relu_max);
       });
 }
 
@@ -425,13 +426,13 @@ Tensor fake_quantize_multi_autograd(const Tensor& x, const Tensor& scale,
                                     at::IntArrayRef scale_rows, at::IntArrayRef quant_mins,
                                     at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
                                     at::ArrayRef<double> grad_factors, double scale_min,
-                                    double scale_max) {
+                                    double scale_max, std::optional<double> relu_max) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_multi_operator().call(x, scale, scale_rows, quant_mins, quant_maxs,
-                                                   channel_axis, grad_factors, scale_min,
-                                                   scale_max);
+                                                   channel_axis, grad_factors, scale_min, scale_max,
+                                                   relu_max);
       },
       [=, rows = scale_rows.vec(), mins = quant_mins.vec(), maxs = quant_maxs.vec(),
        factors = grad_factors.vec()](const Tensor& grad, const Tensor& saved_x,
@@ -440,7 +441,7 @@ Tensor fake_quantize_multi_autograd(const Tensor& x, const Tensor& scale,
         for (const Tensor& slice : grad.unbind(0)) by_bit_width.push_back(slice);
         return fake_quantize_multi_backward_operator().call(by_bit_width, saved_x, saved_scale,
                                                             rows, mins, maxs, channel_axis, factors,
-                                                            scale_min, scale_max);
+                                                            scale_min, scale_max, relu_max);
       });
 }
 
@@ -448,20 +449,20 @@ Tensor fake_quantize_selected_autograd(const Tensor& x, const Tensor& scale, con
                                        at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
                                        std::optional<int64_t> channel_axis,
                                        at::ArrayRef<double> grad_factors, double scale_min,
-                                       double scale_max, bool relu) {
+                                       double scale_max, std::optional<double> relu_max) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_selected_operator().call(x, scale, selected, quant_mins, quant_maxs,
                                                       channel_axis, grad_factors, scale_min,
-                                                      scale_max, relu);
+                                                      scale_max, relu_max);
       },
       [=, index = SavedVariable(selected, /*is_output=*/false), mins = quant_mins.vec(),
        maxs = quant_maxs.vec(), factors = grad_factors.vec()](
           const Tensor& grad, const Tensor& saved_x, const Tensor& saved_scale) {
         return fake_quantize_selected_backward_operator().call(
             grad, saved_x, saved_scale, index.unpack(), mins, maxs, channel_axis, factors,
-            scale_min, scale_max, relu);
+            scale_min, scale_max, relu_max);
       });
 }
 
@@ -470,20 +471,20 @@ Tensor fake_quantize_grouped_autograd(const Tensor& x, const Tensor& scale,
                                       at::IntArrayRef quant_maxs,
                                       std::optional<int64_t> channel_axis,
                                       at::ArrayRef<double> grad_factors, double scale_min,
-                                      double scale_max) {
+                                      double scale_max, std::optional<double> relu_max) {
   return with_gradient(
       x, scale,
       [&] {
         return fake_quantize_grouped_operator().call(x, scale, scale_rows, quant_mins, quant_maxs,
                                                      channel_axis, grad_factors, scale_min,
-                                                     scale_max);
+                                                     scale_max, relu_max);
       },
       [=, rows = scale_rows.vec(), mins = quant_mins.vec(), maxs = quant_maxs.vec(),
        factors = grad_factors.vec()](const Tensor& grad, const Tensor& saved_x,
                                      const Tensor& saved_scale) {
         return fake_quantize_grouped_backward_operator().call(grad, saved_x, saved_scale, rows,
                                                               mins, maxs, channel_axis, factors,
-                                                              scale_min, scale_max);
+                                                              scale_min, scale_max, relu_max);
       });
 }
 
@@ -514,17 +515,15 @@ std::tuple<Tensor, Tensor> without_derivative(std::tuple<Tensor, Tensor> gradien
   return {refused[0], refused[1]};
 }
 
-std::tuple<Tensor, Tensor> fake_quantize_backward_autograd(const Tensor& grad, const Tensor& x,
-                                                           const Tensor& scale, int64_t scale_row,
-                                                           int64_t quant_min, int64_t quant_max,
-                                                           std::optional<int64_t> channel_axis,
-                                                           double grad_factor, double scale_min,
-                                                           double scale_max, bool relu) {
+std::tuple<Tensor, Tensor> fake_quantize_backward_autograd(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, int64_t scale_row, int64_t quant_min,
+    int64_t quant_max, std::optional<int64_t> channel_axis, double grad_factor, double scale_min,
+    double scale_max, std::optional<double> relu_max) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_backward_operator().call(grad, x, scale, scale_row, quant_min, quant_max,
                                                   channel_axis, grad_factor, scale_min, scale_max,
-                                                  relu);
+                                                  relu_max);
   };
   return without_derivative(compute(), {grad, x, scale});
 }
@@ -533,12 +532,12 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward_autograd(
     const c10::List<std::optional<Tensor>>& grads, const Tensor& x, const Tensor& scale,
     at::IntArrayRef scale_rows, at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs,
     std::optional<int64_t> channel_axis, at::ArrayRef<double> grad_factors, double scale_min,
-    double scale_max) {
+    double scale_max, std::optional<double> relu_max) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_multi_backward_operator().call(grads, x, scale, scale_rows, quant_mins,
                                                         quant_maxs, channel_axis, grad_factors,
-                                                        scale_min, scale_max);
+                                                        scale_min, scale_max, relu_max);
   };
   std::vector<Tensor> inputs = {x, scale};
   for (const std::optional<Tensor>& grad : grads) inputs.push_back(grad.value_or(Tensor()));
@@ -548,12 +547,13 @@ std::tuple<Tensor, Tensor> fake_quantize_multi_backward_autograd(
 std::tuple<Tensor, Tensor> fake_quantize_selected_backward_autograd(
     const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& selected,
     at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
-    at::ArrayRef<double> grad_factors, double scale_min, double scale_max, bool relu) {
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+    std::optional<double> relu_max) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_selected_backward_operator().call(grad, x, scale, selected, quant_mins,
                                                            quant_maxs, channel_axis, grad_factors,
-                                                           scale_min, scale_max, relu);
+                                                           scale_min, scale_max, relu_max);
   };
   return without_derivative(compute(), {grad, x, scale});
 }
@@ -561,12 +561,13 @@ std::tuple<Tensor, Tensor> fake_quantize_selected_backward_autograd(
 std::tuple<Tensor, Tensor> fake_quantize_grouped_backward_autograd(
     const Tensor& grad, const Tensor& x, const Tensor& scale, at::IntArrayRef scale_rows,
     at::IntArrayRef quant_mins, at::IntArrayRef quant_maxs, std::optional<int64_t> channel_axis,
-    at::ArrayRef<double> grad_factors, double scale_min, double scale_max) {
+    at::ArrayRef<double> grad_factors, double scale_min, double scale_max,
+    std::optional<double> relu_max) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return fake_quantize_grouped_backward_operator().call(grad, x, scale, scale_rows, quant_mins,
                                                           quant_maxs, channel_axis, grad_factors,
-                                                          scale_min, scale_max);
+                                                          scale_min, scale_max, relu_max);
   };
   return without_derivative(compute(), {grad, x, scale});
 }
@@ -584,36 +585,37 @@ void refuse_vmap(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY(limpq, m) {
   m.def(
       "fake_quantize(Tensor x, Tensor scale, int scale_row, int quant_min, int quant_max, "
-      "int? channel_axis, float grad_factor, float scale_min, float scale_max, bool relu=False) "
+      "int? channel_axis, float grad_factor, float scale_min, float scale_max, float? "
+      "relu_max=None) "
       "-> Tensor");
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, int scale_row, int quant_min, "
       "int quant_max, int? channel_axis, float grad_factor, float scale_min, float scale_max, "
-      "bool relu=False) -> (Tensor, Tensor)");
+      "float? relu_max=None) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_selected(Tensor x, Tensor scale, Tensor selected, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
-      "float scale_max, bool relu=False) -> Tensor");
+      "float scale_max, float? relu_max=None) -> Tensor");
   m.def(
       "fake_quantize_selected_backward(Tensor grad, Tensor x, Tensor scale, Tensor selected, "
       "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[] grad_factors, "
-      "float scale_min, float scale_max, bool relu=False) -> (Tensor, Tensor)");
+      "float scale_min, float scale_max, float? relu_max=None) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_multi(Tensor x, Tensor scale, int[] scale_rows, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
-      "float scale_max) -> Tensor");
+      "float scale_max, float? relu_max=None) -> Tensor");
   m.def(
       "fake_quantize_multi_backward(Tensor?[] grads, Tensor x, Tensor scale, int[] scale_rows, "
       "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[] grad_factors, "
-      "float scale_min, float scale_max) -> (Tensor, Tensor)");
+      "float scale_min, float scale_max, float? relu_max=None) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_grouped(Tensor x, Tensor scale, int[] scale_rows, int[] quant_mins, "
       "int[] quant_maxs, int? channel_axis, float[] grad_factors, float scale_min, "
-      "float scale_max) -> Tensor");
+      "float scale_max, float? relu_max=None) -> Tensor");
   m.def(
       "fake_quantize_grouped_backward(Tensor grad, Tensor x, Tensor scale, int[] scale_rows, "
       "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[] grad_factors, "
-      "float scale_min, float scale_max) -> (Tensor, Tensor)");
+      "float scale_min, float scale_max, float? relu_max=None) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(limpq, CPU, m) {

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "cpu/fake_quantize.h"
 #if defined(LIMPQ_WITH_CUDA)
@@ -43,11 +42,18 @@ DataType data_type_of(const Tensor& x) {
   }
 }
 
-/// The lower threshold that gives relu's gradient as well: as 0 it rounds to 0, and it leaves v = 0
-/// outside, where relu passes no gradient. Normal, since denormal numbers may be flushed to 0.
-double just_above_zero(DataType dtype) {
-  return dtype == DataType::float64 ? std::numeric_limits<double>::min()
-                                    : double(std::numeric_limits<float>::min());
+/// The ceiling as a value of x's dtype, as PyTorch's hardtanh gives it.
+double ceiling_of(const Tensor& x, double ceiling) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+      return ceiling;
+    case at::kHalf:
+      return at::Half(float(ceiling));
+    case at::kBFloat16:
+      return at::BFloat16(float(ceiling));
+    default:
+      return float(ceiling);
+  }
 }
 
 /// The channel axis counted from the front, checked.
@@ -94,12 +100,14 @@ void check_arguments(const Tensor& x, const Tensor& scale, const Quantization& h
     const int64_t quant_min = how.quant_mins[k], quant_max = how.quant_maxs[k];
     TORCH_CHECK_VALUE(quant_min <= 0 && quant_max > 0, "fake_quantize: thresholds are ", quant_min,
                       " and ", quant_max, ", expected quant_min <= 0 < quant_max");
-    TORCH_CHECK_VALUE(!how.relu || quant_min == 0, "fake_quantize: quant_min is ", quant_min,
-                      ", expected 0 with relu=True");
+    TORCH_CHECK_VALUE(!how.relu_max || quant_min == 0, "fake_quantize: quant_min is ", quant_min,
+                      ", expected 0 with relu_max");
     TORCH_CHECK_VALUE(quant_min >= -largest_threshold && quant_max <= largest_threshold,
                       "fake_quantize: thresholds are ", quant_min, " and ", quant_max,
                       ", beyond the largest magnitude, ", largest_threshold);
   }
+  TORCH_CHECK_VALUE(!how.relu_max || *how.relu_max > 0, "fake_quantize: relu_max is ",
+                    *how.relu_max, ", expected a positive number");
   TORCH_CHECK_VALUE(how.scale_min > 0, "fake_quantize: scale_min is ", how.scale_min,
                     ", expected a positive number");
   TORCH_CHECK_VALUE(how.scale_max >= how.scale_min, "fake_quantize: scale_max is ", how.scale_max,
@@ -160,11 +168,12 @@ void describe(Problem& problem, const Tensor& x, const Tensor& scale, const Quan
   problem.scale_rows = problem.channels == 0 ? 0 : scale.numel() / problem.channels;
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.scale_row[k] = how.scale_rows[k];
-    problem.quant_min[k] = how.relu ? just_above_zero(problem.dtype) : double(how.quant_mins[k]);
+    problem.quant_min[k] = double(how.quant_mins[k]);
     problem.quant_max[k] = double(how.quant_maxs[k]);
   }
   problem.scale_min = how.scale_min;
   problem.scale_max = how.scale_max;
+  if (how.relu_max) problem.relu_max = ceiling_of(x, *how.relu_max);
 }
 
 // --- devices ----------------------------------------------------------------------------------

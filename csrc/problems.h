@@ -20,7 +20,7 @@ struct Quantization {
   std::optional<int64_t> channel_axis;
   double scale_min;
   double scale_max;
-  bool relu = false;  // quantize relu(x), with relu's gradient; quant_min is 0
+  std::optional<double> relu_max = {};  // quantize min(relu(x), relu_max); every quant_min is 0
 
   int64_t count() const { return int64_t(scale_rows.size()); }
 };

@@ -2,7 +2,7 @@
 
 All branches run the same network on the same batch. Whatever comes before the first searchable
 layer (the stem) has the same values in each of them, so it is computed once, forward and backward;
-and a ReLU that feeds only unsigned quantizers is left to them, since they clamp at 0 anyway.
+and a ReLU or ReLU6 that feeds only unsigned quantizers is left to them, since they clamp anyway.
 
 Both need to know how values flow, which torch.fx shows. A model that it cannot follow, or whose
 graph gives other values, runs as it is.
@@ -10,6 +10,8 @@ graph gives other values, runs as it is.
 
 from __future__ import annotations
 
+import inspect
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,8 @@ _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
 # Their forwards look at shapes, which a graph does not know.
 _LEAVES = (*_SWITCHED, ProjectedAttention, ProjectedWindows)
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_HARDTANH = inspect.signature(F.hardtanh)
 
 
 class UntraceableError(Exception):
@@ -45,12 +49,12 @@ class BranchGraph:
         model: What :func:`limpq_ext.prepare` returned, in training mode.
         x: A batch that the model takes; the graph is checked on it.
         share_stem: Cut the stem off; else ``rest`` is the whole model.
-        drop_relu: Let unsigned quantizers take over the ReLU in front of them.
+        drop_relu: Let unsigned quantizers take over the ReLU or ReLU6 in front of them.
 
     Attributes:
         rest: Computes the model's output from what :meth:`forward_stem` returns.
         stem: The shared part; None where there is nothing to share.
-        dropped_relus: How many calls of a ReLU the quantizers took over.
+        dropped_relus: How many calls of a ReLU or ReLU6 the quantizers took over.
         reason: Why a stem that exists is not shared; else "".
 
     Raises:
@@ -188,43 +192,71 @@ def _drop_relus(graph_module: fx.GraphModule) -> int:
         return module if user.args[:1] == (relu,) and user.all_input_nodes == [relu] else None
 
     relus = {
-        node
+        node: relu_max
         for node in graph_module.graph.nodes
-        if _is_relu(node, modules) and all(layer_of(user, node) for user in node.users)
+        if (relu_max := _relu_max(node, modules)) is not None
+        and _can_go(node, modules)
+        and all(layer_of(user, node) for user in node.users)
     }
-    # A layer that is called twice needs a ReLU in front of both calls.
+    # A layer that is called twice needs the same ReLU in front of both calls.
     while True:
         lacking = {
             relu
-            for relu in relus
+            for relu, relu_max in relus.items()
             for user in relu.users
             for call in calls[modules[str(user.target)]]
-            if call.args[0] not in relus
+            if relus.get(call.args[0]) != relu_max
         }
         if not lacking:
             break
-        relus -= lacking
-    for relu in relus:
+        relus = {relu: relu_max for relu, relu_max in relus.items() if relu not in lacking}
+    for relu, relu_max in relus.items():
         for user in relu.users:
             layer = layer_of(user, relu)
             assert layer is not None
-            layer.input_quantizer.relu = True
+            layer.input_quantizer.relu_max = relu_max
         relu.replace_all_uses_with(relu.all_input_nodes[0])
         graph_module.graph.erase_node(relu)
     graph_module.recompile()
     return len(relus)
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    is_relu = (
-        (node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU)
-        or (node.op == "call_function" and node.target in _RELU_FUNCTIONS)
-        or (node.op == "call_method" and node.target in ("relu", "relu_"))
-    )
-    if not is_relu or len(node.all_input_nodes) != 1 or not node.users:
+def _relu_max(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
+    """The upper bound of ``min(relu(x), bound)``, infinity for ReLU; None where it is neither.
+
+    torch.clamp gives these values too, but its gradient passes at the bounds, and theirs does not.
+    A bound that a half type lacks stays as well: PyTorch rounds it forward and not backward.
+    """
+    bounds: tuple[Any, Any] | None = None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) is nn.ReLU:
+            return math.inf
+        if type(module) in (nn.ReLU6, nn.Hardtanh):
+            bounds = module.min_val, module.max_val
+    elif node.op == "call_method" and node.target in ("relu", "relu_"):
+        return math.inf
+    elif node.op == "call_function":
+        if node.target in _RELU_FUNCTIONS:
+            return math.inf
+        if node.target is F.relu6:
+            return 6.0
+        if node.target is F.hardtanh:
+            given = _HARDTANH.bind(*node.args, **node.kwargs)
+            given.apply_defaults()
+            bounds = given.arguments["min_val"], given.arguments["max_val"]
+    if bounds is None or any(isinstance(bound, fx.Node) for bound in bounds) or bounds[0] != 0:
+        return None
+    relu_max = float(bounds[1])
+    exact = all(float(torch.tensor(relu_max, dtype=half)) == relu_max for half in _HALF_TYPES)
+    return relu_max if exact else None
+
+
+def _can_go(relu: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it may go: something uses it, and it changes nothing in place that others read."""
+    if len(relu.all_input_nodes) != 1 or not relu.users:
         return False
-    # In place, it changes what others read.
-    return not _is_in_place(node, modules) or len(node.all_input_nodes[0].users) == 1
+    return not _is_in_place(relu, modules) or len(relu.all_input_nodes[0].users) == 1
 
 
 def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

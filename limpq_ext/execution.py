@@ -33,7 +33,7 @@ class BranchRunner:
         layers: Its quantized layers, all with the same candidates.
         weight_bank: Quantize all weights once per step.
         share_stem: Compute what comes before the first searchable layer once per step.
-        drop_relu: Let unsigned quantizers take over the ReLU in front of them.
+        drop_relu: Let unsigned quantizers take over the ReLU or ReLU6 in front of them.
         compile_forward: Compiles what a branch runs, for example ``torch.compile``; None: nothing
             is compiled. One graph serves all branches: tensors select the bits.
     """

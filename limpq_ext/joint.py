@@ -68,7 +68,7 @@ class JointTrainer:
         weight_bank: Quantize all weights once per step instead of in every branch. It takes memory
             for each weight at each bit-width, see :class:`WeightBank`.
         share_stem: Compute what comes before the first searchable layer once per step.
-        drop_relu: Let unsigned quantizers take over the ReLU in front of them.
+        drop_relu: Let unsigned quantizers take over the ReLU or ReLU6 in front of them.
         autocast: The dtype of the branches' autocast, torch.bfloat16 or torch.float16; None: they
             compute in the model's own. With float16 a gradient scaler guards against underflow: a
             step whose scaled gradients overflow is skipped and the scale halved.

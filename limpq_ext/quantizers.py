@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .bits import check_bits
 from .ops import SCALE_MIN, fake_quantize, fake_quantize_selected, lsq_grad_factor, thresholds
@@ -48,8 +49,9 @@ class LsqQuantizer(nn.Module):
         selected: None: ``select()`` says which bit-width is used. A tensor: its one element does,
             int64, the place of the bit-width in ``bits``, on the device of the input. Then a graph
             that was captured or compiled once serves every bit-width.
-        relu: Whether ``relu(x)`` is quantized instead of ``x``, in the same pass and with the same
-            gradients; only an unsigned quantizer can.
+        relu_max: None: ``x`` is quantized as it is. A number: ``min(relu(x), relu_max)`` is, in the
+            same pass and with the same gradients; infinity is ReLU, 6 is ReLU6. Only an unsigned
+            quantizer can.
         scale: Parameter, ``[len(bits)]`` or ``[len(bits), channels]``: the step sizes.
         initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
 
@@ -79,7 +81,7 @@ class LsqQuantizer(nn.Module):
         self.scale_min = scale_min
         self.scale_max = scale_max
         self.name = name
-        self.relu = False
+        self.relu_max: float | None = None
         self.selected: Tensor | None = None
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.scale = nn.Parameter(torch.ones(shape))
@@ -145,7 +147,7 @@ class LsqQuantizer(nn.Module):
         if self.selected is not None:
             return self._forward_selected(x, self.selected)
         if not self._ready[self._index]:
-            self._start(x.relu() if self.relu else x)
+            self._start(x if self.relu_max is None else F.hardtanh(x, 0.0, self.relu_max))
         quant_min, quant_max = self.thresholds(self.selected_bits)
         return fake_quantize(
             x,
@@ -157,7 +159,7 @@ class LsqQuantizer(nn.Module):
             lsq_grad_factor(x, quant_max, self.channel_axis),
             self.scale_min,
             self.scale_max,
-            self.relu,
+            self.relu_max,
         )
 
     def _forward_selected(self, x: Tensor, selected: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class LsqQuantizer(nn.Module):
             [lsq_grad_factor(x, quant_max, self.channel_axis) for _, quant_max in ranges],
             self.scale_min,
             self.scale_max,
-            self.relu,
+            self.relu_max,
         )
 
     def values(self) -> dict[int, float]:

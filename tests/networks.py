@@ -8,8 +8,9 @@ from torch.nn import functional as F
 class Depthwise(nn.Module):
     """An inverted residual with a depthwise convolution."""
 
-    def __init__(self):
+    def __init__(self, activation=F.relu6):
         super().__init__()
+        self.activation = activation
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
         self.expand = nn.Conv2d(8, 16, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -19,8 +20,9 @@ class Depthwise(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
-        x = F.relu6(self.stem(x))
-        x = F.relu6(self.bn2(self.depthwise(F.relu6(self.bn1(self.expand(x))))))
+        x = self.activation(self.stem(x))
+        x = self.depthwise(self.activation(self.bn1(self.expand(x))))
+        x = self.activation(self.bn2(x))
         return self.head(self.project(x).mean((2, 3)))
 
 

@@ -1,6 +1,7 @@
 """What the branches of a joint step share: found where it can be proven, and only there."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -198,27 +199,56 @@ def test_a_model_that_no_graph_describes_runs_as_it_is_and_says_so(model, messag
         trainer.step(image(), torch.zeros(4, dtype=torch.long))
 
 
-def relu_flags(model):
-    return {name: layer.input_quantizer.relu for name, layer in quantized_layers(model).items()}
+def ceilings(model):
+    return {name: layer.input_quantizer.relu_max for name, layer in quantized_layers(model).items()}
 
 
 @pytest.mark.parametrize(
-    "relu", [F.relu, nn.ReLU(), nn.ReLU(inplace=True), torch.relu, lambda x: x.relu()]
+    ("relu", "relu_max"),
+    [
+        (F.relu, math.inf),
+        (nn.ReLU(), math.inf),
+        (nn.ReLU(inplace=True), math.inf),
+        (torch.relu, math.inf),
+        (lambda x: x.relu(), math.inf),
+        (F.relu6, 6.0),
+        (nn.ReLU6(), 6.0),
+        (nn.ReLU6(inplace=True), 6.0),
+        (nn.Hardtanh(0, 0.5), 0.5),
+        (lambda x: F.hardtanh(x, 0.0, 0.5), 0.5),
+        (lambda x: F.hardtanh(x, min_val=0), 1.0),
+        (lambda x: F.hardtanh(x, max_val=2, min_val=0, inplace=True), 2.0),
+    ],
 )
-def test_a_relu_that_feeds_only_a_quantizer_is_dropped(relu):
+def test_a_relu_that_feeds_only_a_quantizer_is_dropped(relu, relu_max):
     model = prepared(Net(between=relu))
+    before = model(image())
     graph = BranchGraph(model, image())
     assert graph.dropped_relus == 1
-    assert relu_flags(model) == {"conv1": False, "conv2": True}
+    assert ceilings(model) == {"conv1": None, "conv2": relu_max}
+    assert torch.equal(graph.rest(*graph.forward_stem(image(), 1)), before)
     names = [node.name for node in graph.rest.graph.nodes]
     assert len([name for name in names if "relu" in name]) == 1  # the one in front of the head
+    assert not [name for name in names if "hardtanh" in name or "between" in name]
 
 
-@pytest.mark.parametrize("between", [F.relu6, F.hardswish, lambda x: F.relu(x) + x])
+OTHER_FUNCTIONS = {
+    "hardswish": F.hardswish,
+    "relu read twice": lambda x: F.relu(x) + x,
+    "relu6 read twice": lambda x: F.relu6(x) + x,
+    "relu6 in place of a value read twice": lambda x: F.relu6(y := x + 1, inplace=True) + y,
+    "hardtanh from -1": nn.Hardtanh(),
+    "hardtanh from above 0": nn.Hardtanh(0.5, 6.0),
+    "hardtanh to what half precision rounds": nn.Hardtanh(0.0, 6.1),
+    "a clamp, whose gradient passes at the bounds": lambda x: torch.clamp(x, 0, 6),
+}
+
+
+@pytest.mark.parametrize("between", OTHER_FUNCTIONS.values(), ids=OTHER_FUNCTIONS)
 def test_other_functions_and_relus_that_others_read_stay(between):
     model = prepared(Net(between=between))
     assert BranchGraph(model, image()).dropped_relus == 0
-    assert relu_flags(model) == {"conv1": False, "conv2": False}
+    assert ceilings(model) == {"conv1": None, "conv2": None}
 
 
 def test_a_relu_in_front_of_a_signed_quantizer_stays():
@@ -231,29 +261,30 @@ def test_a_relu_in_front_of_a_signed_quantizer_stays():
 
 
 class Twice(nn.Module):
-    """One layer called with a ReLU in front and without."""
+    """One layer called with a ReLU in front and with something else."""
 
-    def __init__(self, both):
+    def __init__(self, again):
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.head = nn.Linear(4, 5)
-        self.both = both
+        self.again = again
 
     def forward(self, x):
         x = self.conv(F.relu(self.first(x)))
-        x = self.conv(F.relu(x) if self.both else x)
+        x = self.conv(self.again(x))
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_a_layer_that_is_called_twice_takes_over_both_relus_or_none(both):
-    model = prepared(Twice(both))
-    assert BranchGraph(model, image()).dropped_relus == (2 if both else 0)
+@pytest.mark.parametrize(("again", "dropped"), [(F.relu, 2), (nn.Identity(), 0), (F.relu6, 0)])
+def test_a_layer_that_is_called_twice_takes_over_the_same_relu_or_none(again, dropped):
+    model = prepared(Twice(again))
+    assert BranchGraph(model, image()).dropped_relus == dropped
 
 
-def test_the_model_gives_the_same_values_after_its_relus_were_taken_over():
-    model = prepared(Net())
+@pytest.mark.parametrize("relu", [F.relu, nn.Hardtanh(0.0, 0.5)])
+def test_the_model_gives_the_same_values_after_its_relus_were_taken_over(relu):
+    model = prepared(Net(between=relu))
     before = model(image())
     BranchGraph(model, image())
     assert torch.equal(model(image()), before)

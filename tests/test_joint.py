@@ -30,6 +30,7 @@ NETWORKS = {
     "resnet18": lambda: torchvision_model("resnet18"),
     "mobilenet_v2": lambda: torchvision_model("mobilenet_v2", dropout=0.0),
     "depthwise": Depthwise,
+    "low_ceiling": lambda: Depthwise(nn.Hardtanh(0.0, 0.5)),  # half of what is positive is above
     "no_norm": NoNorm,
     "shared": Shared,
     "pre_activation": PreActivation,
@@ -134,11 +135,14 @@ def test_float32_gradients_are_close_to_those_of_a_plain_loop(network):
 
 
 @pytest.mark.usefixtures("device")
-def test_what_can_be_shared_is_shared():
-    model, x, target = problem("resnet")
+@pytest.mark.parametrize(
+    ("network", "relus"), [("resnet", 5), ("mobilenet_v2", 34), ("depthwise", 3)]
+)
+def test_what_can_be_shared_is_shared(network, relus):
+    model, x, target = problem(network)
     trainer = trainer_of(model, x)
     trainer.step(x, target)
-    assert trainer.shared == {"weight_bank": True, "stem": True, "dropped_relus": 5}
+    assert trainer.shared == {"weight_bank": True, "stem": True, "dropped_relus": relus}
     plain = trainer_of(model, x, **NOTHING_SHARED)
     plain.step(x, target)
     assert plain.shared == {"weight_bank": False, "stem": False, "dropped_relus": 0}

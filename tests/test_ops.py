@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
 from limpq_ext.ops import lsq_grad_factor, thresholds
@@ -335,6 +336,9 @@ def digest():
             y = lsq_fake_quantize(leaf, s, -8, 7, channel_axis=axis)
             y.backward(grad)
             values = [y.detach(), leaf.grad, s.grad]
+            how = (axis, 0.5, 1e-5, math.inf, 0.6)
+            y = torch.ops.limpq.fake_quantize(leaf, s, 0, 0, 7, *how)
+            values += [y.detach(), *torch.autograd.grad(y, (leaf, s), grad)]
             if axis != 0:
                 rows = torch.stack([s.detach(), s.detach() * 2, s.detach() / 2]).requires_grad_()
                 ranges = ([-8, -2, 0], [7, 1, 255])
@@ -404,6 +408,7 @@ def operator_samples():
         last = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_(wants)
         yield ops.fake_quantize, (leaf, s, *one)
         yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
+        yield ops.fake_quantize, (leaf, s, 1, 0, 3, None, 0.5, 1e-5, math.inf, 6.0)
         yield ops.fake_quantize_selected, (leaf, s, torch.tensor(1), *many[1:])
         yield ops.fake_quantize_multi, (leaf, s, *many)
         yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
@@ -682,36 +687,111 @@ def test_devices_that_differ_are_named():
         lsq_fake_quantize(torch.ones(3, device="cuda"), torch.tensor(0.1), -8, 7)
 
 
+def relu(x, relu_max):
+    """ReLU or, with a ceiling, ReLU6 as PyTorch computes it."""
+    return F.relu(x) if relu_max == math.inf else F.hardtanh(x, 0.0, relu_max)
+
+
+def around_a_ceiling(dtype, ceiling):
+    """Values at both bounds and beside them, special ones, and ordinary ones on all sides."""
+    info, kind = torch.finfo(dtype), INTEGERS[dtype]
+    special = [0.0, info.smallest_normal, info.smallest_normal / 4, info.max, math.inf]
+    bits = torch.tensor([0.0, min(ceiling, 1e4)], dtype=dtype).view(kind)
+    beside = torch.cat([bits + step for step in (0, 1, 2)] + [bits[1:] - 1]).view(dtype)
+    x = torch.cat([torch.tensor(special, dtype=dtype), beside])
+    return torch.cat([x, -x, torch.tensor([math.nan], dtype=dtype), torch.randn(999).to(dtype) * 4])
+
+
+def check_relu(x, relu_max, scale, quant_max):
+    """The operator with a ReLU of its own against the eager chain behind PyTorch's."""
+    scale = torch.tensor(scale, dtype=compute_dtype(x.dtype), requires_grad=True)
+    x = x.detach().requires_grad_()
+    y = torch.ops.limpq.fake_quantize(
+        x, scale, 0, 0, quant_max, None, 0.5, 1e-5, math.inf, relu_max=relu_max
+    )
+    grad = torch.randn(x.shape).to(x)
+    dx, dscale = torch.autograd.grad(y, (x, scale), grad)
+    behind = relu(x, relu_max)
+    with torch.no_grad():
+        v, q, expected = chain(behind, scale, 0, quant_max)
+        assert_same_bits(y.detach(), expected)
+        inside = (v >= 0) & (v <= quant_max)
+        terms = grad.double() * torch.where(inside, q.double() - v.double(), q.double())
+    (expected,) = torch.autograd.grad(behind, x, torch.where(inside, grad, torch.zeros_like(grad)))
+    assert_same_bits(dx, expected)
+    if not bool(x.detach().isnan().any()):
+        assert abs(float(dscale) - 0.5 * float(terms.sum())) <= 1e-5 * float(terms.abs().sum())
+
+
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_relu_in_the_quantizer_is_relu_in_front_of_it(dtype):
-    x = torch.randn(4099).to(dtype)
-    x[::7] = 0.0
-    x[1::7] = -0.0
-    x[2::97] = math.inf
-    x[3::97] = -math.inf
-    x[4::97] = math.nan
-    x[5::97] = 1e-30
-    scale = torch.tensor([0.1, 0.7], dtype=compute_dtype(dtype))
-    grad = torch.randn(4099).to(dtype)
+@pytest.mark.parametrize("relu_max", [math.inf, 6.0, 1.5])
+def test_relu_in_the_quantizer_is_relu_in_front_of_it(dtype, relu_max):
+    torch.manual_seed(0)
+    x = around_a_ceiling(dtype, relu_max)
+    # Ceilings below, at and above the upper threshold, and steps that no activation has.
+    for scale in (relu_max / 3.4, relu_max / 7, relu_max / 7.2, 0.1, 0.7, 1e-5, 1e4):
+        if math.isfinite(scale):
+            check_relu(x, relu_max, scale, 7)
+            check_relu(x[~x.isnan()], relu_max, scale, 7)
+            check_relu(x.repeat(20)[1:], relu_max, scale, 255)
 
-    def run(relu):
-        leaf, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
-        given = leaf if relu else leaf.relu()
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_ceiling_is_rounded_to_the_dtype(dtype):
+    x = around_a_ceiling(dtype, 6.1).requires_grad_()
+    results = []
+    for relu_max in (6.1, float(torch.tensor(6.1, dtype=dtype))):
         y = torch.ops.limpq.fake_quantize(
-            given, step, 1, 0, 7, None, 0.5, 1e-5, math.inf, relu=relu
+            x, torch.tensor(0.9), 0, 0, 7, None, 0.5, 1e-5, math.inf, relu_max=relu_max
         )
-        return (y, *torch.autograd.grad(y, (leaf, step), grad))
-
-    for fused, composed in zip(run(True), run(False), strict=True):
-        # -0.0 equals 0.0 here: which of them relu gives depends on the device.
-        assert torch.equal(fused.nan_to_num(7.0), composed.nan_to_num(7.0))
+        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for ours, reference in zip(*results, strict=True):
+        assert_same_bits(ours, reference)
 
 
-def test_relu_in_the_quantizer_needs_an_unsigned_range():
-    x, scale = torch.randn(3), torch.ones(1)
-    with pytest.raises(ValueError, match="quant_min is -8, expected 0 with relu=True"):
-        torch.ops.limpq.fake_quantize(x, scale, 0, -8, 7, None, 1.0, 1e-5, math.inf, relu=True)
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [None, 1, 2])
+@pytest.mark.parametrize("relu_max", [math.inf, 1.5])
+def test_every_operator_with_relu_is_the_operator_behind_relu(dtype, axis, relu_max):
+    torch.manual_seed(0)
+    x = (torch.randn(6, 7, 33) * 2).to(dtype)
+    rows = (3,) if axis is None else (3, x.shape[axis])
+    scale = torch.rand(rows, dtype=compute_dtype(dtype)) * 0.5 + 0.1
+    many = ([0, 0, 0], [3, 15, 63], axis, [1.0, 0.5, 0.25], 1e-5, math.inf)
+    ops = torch.ops.limpq
+    calls = {
+        ops.fake_quantize: (1, 0, 15, axis, 0.5, 1e-5, math.inf),
+        ops.fake_quantize_selected: (torch.tensor(2), *many),
+        ops.fake_quantize_multi: ([2, 0, 1], *many),
+        ops.fake_quantize_grouped: ([2, 0, 1], *many),
+    }
+    for operator, how in calls.items():
+        results = []
+        for fused in (True, False):
+            leaf, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
+            given = leaf if fused else relu(leaf, relu_max)
+            y = operator(given, step, *how, relu_max=relu_max if fused else None)
+            grad = torch.sin(torch.arange(y.numel())).reshape(y.shape).to(y)
+            results.append((y.detach(), *torch.autograd.grad(y, (leaf, step), grad)))
+        for ours, reference in zip(*results, strict=True):
+            assert_same_bits(ours, reference)
+
+
+@pytest.mark.parametrize(
+    ("quant_min", "relu_max", "message"),
+    [
+        (-8, 6.0, "quant_min is -8, expected 0 with relu_max"),
+        (0, 0.0, "relu_max is 0, expected a positive number"),
+        (0, -1.0, "relu_max is -1, expected a positive number"),
+        (0, math.nan, "relu_max is nan, expected a positive number"),
+    ],
+)
+def test_wrong_relus_are_named(quant_min, relu_max, message):
+    how = (0, quant_min, 7, None, 1.0, 1e-5, math.inf)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.limpq.fake_quantize(torch.randn(3), torch.ones(1), *how, relu_max=relu_max)
 
 
 CANDIDATES = {"quant_mins": [0, 0, 0], "quant_maxs": [3, 15, 63]}
@@ -720,8 +800,8 @@ CANDIDATES = {"quant_mins": [0, 0, 0], "quant_maxs": [3, 15, 63]}
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [None, 1])
-@pytest.mark.parametrize("relu", [False, True])
-def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu):
+@pytest.mark.parametrize("relu_max", [None, 1.5])
+def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu_max):
     x = torch.randn(5, 7, 33).to(dtype).requires_grad_()
     shape = (3,) if axis is None else (3, 7)
     scale = (torch.rand(shape, dtype=compute_dtype(dtype)) + 0.1).requires_grad_()
@@ -729,10 +809,18 @@ def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu):
     factors, ops = [1.0, 0.5, 0.25], torch.ops.limpq
     for k, (low, high) in enumerate(zip(*CANDIDATES.values(), strict=True)):
         plain = ops.fake_quantize(
-            x, scale, k, low, high, axis, factors[k], 1e-5, math.inf, relu=relu
+            x, scale, k, low, high, axis, factors[k], 1e-5, math.inf, relu_max=relu_max
         )
         chosen = ops.fake_quantize_selected(
-            x, scale, torch.tensor([k]), *CANDIDATES.values(), axis, factors, 1e-5, math.inf, relu
+            x,
+            scale,
+            torch.tensor([k]),
+            *CANDIDATES.values(),
+            axis,
+            factors,
+            1e-5,
+            math.inf,
+            relu_max,
         )
         expected = (plain, *torch.autograd.grad(plain, (x, scale), grad))
         for ours, reference in zip(

@@ -152,6 +152,7 @@ void forward_task(const ForwardProblem& problem, const Partition& partition, con
   const SpanKernels<T>& span = kernels<T>();
   const int count = problem.count;
   const T* x = static_cast<const T*>(problem.x);
+  const Relu<C> relu = problem.relu<C>();
   BitWidths<C> widths(problem);
   T* y[max_bit_widths];
   const auto set_outputs = [&](int64_t offset) {
@@ -163,7 +164,7 @@ void forward_task(const ForwardProblem& problem, const Partition& partition, con
     for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
       const int64_t offset = o * partition.channels + task.channel_begin;
       set_outputs(offset);
-      span.forward_elementwise(x + offset, y, task.channel_end - task.channel_begin, scale,
+      span.forward_elementwise(x + offset, y, task.channel_end - task.channel_begin, relu, scale,
                                widths.guard, widths.ranges, count);
     }
     return;
@@ -173,7 +174,7 @@ void forward_task(const ForwardProblem& problem, const Partition& partition, con
     for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
       const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
       set_outputs(offset);
-      span.forward(x + offset, y, task.inner_end - task.inner_begin, steps, count);
+      span.forward(x + offset, y, task.inner_end - task.inner_begin, relu, steps, count);
     }
   }
 }
@@ -186,6 +187,7 @@ void backward_task(const BackwardProblem& problem, const Partition& partition, c
   const int count = problem.count;
   const T* x = static_cast<const T*>(problem.x);
   T* dx = static_cast<T*>(problem.dx);
+  const Relu<C> relu = problem.relu<C>();
   BitWidths<C> widths(problem);
   const T* grad[max_bit_widths];
   const auto set_gradients = [&](int64_t offset) {
@@ -209,7 +211,7 @@ void backward_task(const BackwardProblem& problem, const Partition& partition, c
     for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
       const int64_t offset = o * partition.channels + task.channel_begin;
       set_gradients(offset);
-      span.backward_elementwise(x + offset, grad, dx + offset, channels, scale, widths.guard,
+      span.backward_elementwise(x + offset, grad, dx + offset, channels, relu, scale, widths.guard,
                                 widths.ranges, count, partial);
     }
     return;
@@ -220,8 +222,8 @@ void backward_task(const BackwardProblem& problem, const Partition& partition, c
     for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
       const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
       set_gradients(offset);
-      span.backward(x + offset, grad, dx + offset, task.inner_end - task.inner_begin, steps, count,
-                    sums);
+      span.backward(x + offset, grad, dx + offset, task.inner_end - task.inner_begin, relu, steps,
+                    count, sums);
     }
     for (int k = 0; k < count; ++k) partial[k][c - task.channel_begin] = sums[k];
   }

@@ -51,18 +51,20 @@ template <typename T>
 struct SpanKernels {
   using C = typename ComputeType<T>::type;
 
-  /// y[k][i] = fake_quantize(x[i], steps[k]) for i < n, k < count.
-  void (*forward)(const T* x, T* const* y, int64_t n, const Step<C>* steps, int count);
+  /// y[k][i] = fake_quantize(relu(x[i]), steps[k]) for i < n, k < count.
+  void (*forward)(const T* x, T* const* y, int64_t n, Relu<C> relu, const Step<C>* steps,
+                  int count);
 
   /// dx[i] = sum over k of the gradients, dscale[k] += the sum over i. A null grad[k] is skipped.
-  void (*backward)(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>* steps,
-                   int count, double* dscale);
+  void (*backward)(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
+                   const Step<C>* steps, int count, double* dscale);
 
   /// The same where every element has a scale of its own, not yet guarded: scale[k][i],
   /// dscale[k][i].
-  void (*forward_elementwise)(const T* x, T* const* y, int64_t n, const C* const* scale,
-                              Guard<C> guard, const Range<C>* ranges, int count);
-  void (*backward_elementwise)(const T* x, const T* const* grad, T* dx, int64_t n,
+  void (*forward_elementwise)(const T* x, T* const* y, int64_t n, Relu<C> relu,
+                              const C* const* scale, Guard<C> guard, const Range<C>* ranges,
+                              int count);
+  void (*backward_elementwise)(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
                                const C* const* scale, Guard<C> guard, const Range<C>* ranges,
                                int count, double* const* dscale);
 };

@@ -132,36 +132,52 @@ struct Writer<C, C> {
   void close(C*, int64_t) {}
 };
 
+/// In the place of a Relu where there is none, so that nothing is computed for it.
+template <typename C>
+struct NoRelu {
+  C value(C x) const { return x; }
+  bool passes(C) const { return true; }
+};
+
 // --- blocks in the compute type ---------------------------------------------------------------
 
-template <typename C>
-inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, Step<C> step) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quantize(x[i], step.scale, step.range);
+template <typename C, typename MaybeRelu>
+inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, MaybeRelu relu,
+                          Step<C> step) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quantize(relu.value(x[i]), step.scale, step.range);
 }
 
-template <typename C>
-inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n,
+template <typename C, typename MaybeRelu>
+inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, MaybeRelu relu,
                           const C* __restrict scale, Guard<C> guard, Range<C> range) {
   for (int64_t i = 0; i < n; ++i) {
-    y[i] = fake_quantize(x[i], guard_scale(scale[i], guard.scale_min, guard.scale_max), range);
+    const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
+    y[i] = fake_quantize(relu.value(x[i]), guarded, range);
   }
 }
 
-template <bool accumulate, typename C>
+/// fake_quantize_backward through the ReLU.
+template <typename C, typename MaybeRelu>
+LIMPQ_INLINE Gradients<C> backward_element(C grad, C x, MaybeRelu relu, C scale, Range<C> range) {
+  const Gradients<C> out = fake_quantize_backward(grad, relu.value(x), scale, range);
+  return {relu.passes(x) ? out.dx : C(0), out.dscale};
+}
+
+template <bool accumulate, typename C, typename MaybeRelu>
 inline double backward_block(const C* __restrict x, const C* __restrict grad, C* __restrict dx,
-                             int64_t n, Step<C> step) {
+                             int64_t n, MaybeRelu relu, Step<C> step) {
   C lanes[lane_count] = {};
   int64_t i = 0;
   for (; i + lane_count <= n; i += lane_count) {
     for (int64_t lane = 0; lane < lane_count; ++lane) {
       const Gradients<C> out =
-          fake_quantize_backward(grad[i + lane], x[i + lane], step.scale, step.range);
+          backward_element(grad[i + lane], x[i + lane], relu, step.scale, step.range);
       dx[i + lane] = accumulate ? dx[i + lane] + out.dx : out.dx;
       lanes[lane] += out.dscale;
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], step.scale, step.range);
+    const Gradients<C> out = backward_element(grad[i], x[i], relu, step.scale, step.range);
     dx[i] = accumulate ? dx[i] + out.dx : out.dx;
     lanes[lane] += out.dscale;
   }
@@ -170,13 +186,13 @@ inline double backward_block(const C* __restrict x, const C* __restrict grad, C*
   return sum;
 }
 
-template <bool accumulate, typename C>
+template <bool accumulate, typename C, typename MaybeRelu>
 inline void backward_block(const C* __restrict x, const C* __restrict grad, C* __restrict dx,
-                           int64_t n, const C* __restrict scale, Guard<C> guard, Range<C> range,
-                           double* __restrict dscale) {
+                           int64_t n, MaybeRelu relu, const C* __restrict scale, Guard<C> guard,
+                           Range<C> range, double* __restrict dscale) {
   for (int64_t i = 0; i < n; ++i) {
     const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
-    const Gradients<C> out = fake_quantize_backward(grad[i], x[i], guarded, range);
+    const Gradients<C> out = backward_element(grad[i], x[i], relu, guarded, range);
     dx[i] = accumulate ? dx[i] + out.dx : out.dx;
     dscale[i] += double(out.dscale);
   }
@@ -230,51 +246,70 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, in
   });
 }
 
+/// Calls run(relu) with the ReLU, or with what stands for none.
+template <typename C, typename Run>
+inline void with_relu(Relu<C> relu, Run run) {
+  if (relu.present) {
+    run(relu);
+  } else {
+    run(NoRelu<C>());
+  }
+}
+
 template <typename T, typename C>
-void forward(const T* x, T* const* y, int64_t n, const Step<C>* steps, int count) {
-  forward_span(x, y, n, count, [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
-    forward_block(x_block, y_block, length, steps[k]);
+void forward(const T* x, T* const* y, int64_t n, Relu<C> given, const Step<C>* steps, int count) {
+  with_relu(given, [=](auto relu) {
+    forward_span(x, y, n, count, [=](int k, int64_t, const C* x_block, C* y_block, int64_t length) {
+      forward_block(x_block, y_block, length, relu, steps[k]);
+    });
   });
 }
 
 template <typename T, typename C>
-void backward(const T* x, const T* const* grad, T* dx, int64_t n, const Step<C>* steps, int count,
-              double* dscale) {
-  backward_span(x, grad, dx, n, count,
-                [=](bool accumulate, int k, int64_t, const C* x_block, const C* grad_block,
-                    C* dx_block, int64_t length) {
-                  dscale[k] +=
-                      accumulate
-                          ? backward_block<true>(x_block, grad_block, dx_block, length, steps[k])
-                          : backward_block<false>(x_block, grad_block, dx_block, length, steps[k]);
-                });
+void backward(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> given,
+              const Step<C>* steps, int count, double* dscale) {
+  with_relu(given, [=](auto relu) {
+    backward_span(x, grad, dx, n, count,
+                  [=](bool accumulate, int k, int64_t, const C* x_block, const C* grad_block,
+                      C* dx_block, int64_t length) {
+                    dscale[k] += accumulate ? backward_block<true>(x_block, grad_block, dx_block,
+                                                                   length, relu, steps[k])
+                                            : backward_block<false>(x_block, grad_block, dx_block,
+                                                                    length, relu, steps[k]);
+                  });
+  });
 }
 
 template <typename T, typename C>
-void forward_elementwise(const T* x, T* const* y, int64_t n, const C* const* scale, Guard<C> guard,
-                         const Range<C>* ranges, int count) {
-  forward_span(x, y, n, count,
-               [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
-                 forward_block(x_block, y_block, length, scale[k] + offset, guard, ranges[k]);
-               });
+void forward_elementwise(const T* x, T* const* y, int64_t n, Relu<C> given, const C* const* scale,
+                         Guard<C> guard, const Range<C>* ranges, int count) {
+  with_relu(given, [=](auto relu) {
+    forward_span(
+        x, y, n, count, [=](int k, int64_t offset, const C* x_block, C* y_block, int64_t length) {
+          forward_block(x_block, y_block, length, relu, scale[k] + offset, guard, ranges[k]);
+        });
+  });
 }
 
 template <typename T, typename C>
-void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, const C* const* scale,
-                          Guard<C> guard, const Range<C>* ranges, int count,
+void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> given,
+                          const C* const* scale, Guard<C> guard, const Range<C>* ranges, int count,
                           double* const* dscale) {
-  backward_span(
-      x, grad, dx, n, count,
-      [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
-          C* dx_block, int64_t length) {
-        const C* s = scale[k] + offset;
-        double* ds = dscale[k] + offset;
-        if (accumulate) {
-          backward_block<true>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
-        } else {
-          backward_block<false>(x_block, grad_block, dx_block, length, s, guard, ranges[k], ds);
-        }
-      });
+  with_relu(given, [=](auto relu) {
+    backward_span(x, grad, dx, n, count,
+                  [=](bool accumulate, int k, int64_t offset, const C* x_block, const C* grad_block,
+                      C* dx_block, int64_t length) {
+                    const C* s = scale[k] + offset;
+                    double* ds = dscale[k] + offset;
+                    if (accumulate) {
+                      backward_block<true>(x_block, grad_block, dx_block, length, relu, s, guard,
+                                           ranges[k], ds);
+                    } else {
+                      backward_block<false>(x_block, grad_block, dx_block, length, relu, s, guard,
+                                            ranges[k], ds);
+                    }
+                  });
+  });
 }
 
 }  // namespace

@@ -5,8 +5,9 @@
 //
 //   for each element i of x, in its channel c:
 //     for k in 0 .. count:
-//       terms = fake_quantize_backward(grad[k][i], x[i], guarded scale[scale_row[k], c], range[k])
-//       dx[i] += terms.dx
+//       terms = fake_quantize_backward(grad[k][i], relu.value(x[i]),
+//                                      guarded scale[scale_row[k], c], range[k])
+//       dx[i] += relu.passes(x[i]) ? terms.dx : 0
 //       dscale[scale_row[k], c] += terms.dscale
 //   dscale *= grad_factor, 0 where the guard replaced the scale
 //
@@ -192,6 +193,7 @@ constexpr int backward_columns_residents = std::is_same_v<Capacity, One> ? 4 : 3
 template <typename T>
 struct BackwardRows {
   Scales<ComputeType<T>> scales;
+  Relu<ComputeType<T>> relu;
   ScaleGradient<ComputeType<T>> scale_gradient;
   const T* x;
   T* dx;
@@ -279,10 +281,12 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
         const Pack<T> grad_pack = span.load(widths[0].grad);
         widen<T>(span.load(p.x), x);
         widen<T>(grad_pack, grad);
+        if (p.relu.present) apply_relu(x, p.relu);
         divide(x, only_divisor, all_tame<T>(x), quotient);
         only_sum += backward_pack(grad, quotient, widths[0].range(), true, dx);
       } else {
         widen<T>(span.load(p.x), x);
+        apply_relu(x, p.relu);  // without a branch, which would cost registers that there are not
         const bool tame = all_tame<T>(x);
         Pack<T> next{};
         if (count > 0) next = span.load(widths[0].grad);
@@ -295,6 +299,7 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
               backward_pack(grad, quotient, widths[k].range(), k == 0, dx);
         }
       }
+      if (p.relu.present) stop_gradient(x, p.relu, dx);
       span.store(p.dx, narrow<T>(dx));
     }
   }
@@ -322,6 +327,7 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
 template <typename T>
 struct BackwardColumns {
   Scales<ComputeType<T>> scales;
+  Relu<ComputeType<T>> relu;
   ScaleGradient<ComputeType<T>> scale_gradient;
   const T* x;
   T* dx;
@@ -375,6 +381,10 @@ __global__ void __launch_bounds__(backward_columns_block, backward_columns_resid
         const int64_t row = first + u * height;
         if (row < end) x[u] = load_pack<V>(p.x + row * channels + channel);
       }
+      if (p.relu.present) {
+#pragma unroll
+        for (int u = 0; u < rows_at_a_time; ++u) apply_relu(x[u], p.relu);
+      }
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
         Pack<T, V> grads[rows_at_a_time];
@@ -409,6 +419,11 @@ __global__ void __launch_bounds__(backward_columns_block, backward_columns_resid
 #pragma unroll
       for (int u = 0; u < rows_at_a_time; ++u) {
         const int64_t row = first + u * height;
+        if (p.relu.present) {
+          C values[V];
+          widen<T>(x[u], values);
+          stop_gradient(values, p.relu, dx[u]);
+        }
         if (row < end) store_pack(p.dx + row * channels + channel, narrow<T>(dx[u]));
       }
     }
@@ -558,6 +573,7 @@ Work describe_backward(const BackwardLayout& layout, Entry& entry) {
   static_assert(sizeof(Divisor<C>) == 8, "BackwardLayout reserves 8 bytes");
   const BackwardProblem& problem = layout.problem;
   entry.scales = Scales<C>(problem);
+  entry.relu = problem.template relu<C>();
   entry.x = static_cast<const T*>(problem.x);
   entry.dx = static_cast<T*>(problem.dx);
   ScaleGradient<C>& scale_gradient = entry.scale_gradient;

@@ -4,7 +4,7 @@
 //
 //   for each element i of x, in its channel c:
 //     for k in 0 .. count:
-//       y[k][i] = fake_quantize(x[i], guarded scale[scale_row[k], c], range[k])
+//       y[k][i] = fake_quantize(relu.value(x[i]), guarded scale[scale_row[k], c], range[k])
 //
 // One kernel for tensors whose channels are rows of neighbouring elements (a tensor with one scale
 // is one long row), one for those whose channels are columns.
@@ -40,6 +40,7 @@ struct ForwardWidth : Quantizer<ComputeType<T>> {
 template <typename T>
 struct ForwardRows {
   Scales<ComputeType<T>> scales;
+  Relu<ComputeType<T>> relu;
   const T* x;
   int64_t rows;
   int64_t inner;
@@ -78,6 +79,10 @@ __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, 
   for (int u = 0; u < packs_per_thread; ++u) {
     if (first + u * p.team < packs) x[u] = row.span(first + u * p.team).load(p.x);
   }
+  if (p.relu.present) {
+#pragma unroll
+    for (int u = 0; u < packs_per_thread; ++u) apply_relu(x[u], p.relu);
+  }
 
   const int count = single ? 1 : p.count;
 #pragma unroll 1
@@ -104,6 +109,7 @@ __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, 
 template <typename T>
 struct ForwardColumns {
   Scales<ComputeType<T>> scales;
+  Relu<ComputeType<T>> relu;
   const T* x;
   int64_t rows;
   int64_t chunk_rows;
@@ -137,6 +143,10 @@ __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5) forward
   for (int u = 0; u < packs_per_thread; ++u) {
     const int64_t row = first + u * height;
     if (row < p.rows) x[u] = load_pack<V>(p.x + row * channels + channel);
+  }
+  if (p.relu.present) {
+#pragma unroll
+    for (int u = 0; u < packs_per_thread; ++u) apply_relu(x[u], p.relu);
   }
 
   const int count = single ? 1 : p.count;
@@ -197,6 +207,7 @@ void launch_forward_rows(const std::vector<const ForwardLayout*>& layouts, Launc
     const ForwardProblem& problem = layout.problem;
     const RowsLayout cut(problem, V, forward_rows_block, packs, packs);
     entry.scales = Scales<ComputeType<T>>(problem);
+    entry.relu = problem.template relu<ComputeType<T>>();
     entry.x = static_cast<const T*>(problem.x);
     entry.rows = problem.outer * problem.channels;
     entry.inner = problem.inner;
@@ -217,6 +228,7 @@ void launch_forward_columns(const std::vector<const ForwardLayout*>& layouts, La
     const ForwardProblem& problem = layout.problem;
     const ColumnsLayout cut(problem, V, forward_columns_block, forward_packs<T, false>, 1, 1);
     entry.scales = Scales<ComputeType<T>>(problem);
+    entry.relu = problem.template relu<ComputeType<T>>();
     entry.x = static_cast<const T*>(problem.x);
     entry.rows = problem.outer;
     entry.chunk_rows = cut.chunk_rows;

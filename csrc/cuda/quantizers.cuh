@@ -59,4 +59,27 @@ struct Quantizer {
   }
 };
 
+/// What is quantized of x.
+template <typename C, int size>
+__device__ __forceinline__ void apply_relu(C (&x)[size], Relu<C> relu) {
+#pragma unroll
+  for (int j = 0; j < size; ++j) x[j] = relu.value(x[j]);
+}
+
+/// The same for a pack. A ceiling is a value of T, so nothing is rounded.
+template <typename T, int size>
+__device__ __forceinline__ void apply_relu(Pack<T, size>& x, Relu<ComputeType<T>> relu) {
+  ComputeType<T> values[size];
+  widen<T>(x, values);
+  apply_relu(values, relu);
+  x = narrow<T>(values);
+}
+
+/// `x` may be what apply_relu() gave.
+template <typename C, int size>
+__device__ __forceinline__ void stop_gradient(const C (&x)[size], Relu<C> relu, C (&dx)[size]) {
+#pragma unroll
+  for (int j = 0; j < size; ++j) dx[j] = relu.passes(x[j]) ? dx[j] : C(0);
+}
+
 }  // namespace limpq::cuda

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <random>
 #include <string>
 #include <tuple>
@@ -106,13 +107,15 @@ struct Case {
   unsigned absent = 0;  // bit k: gradient k is null
   Values values = Values::ordinary;
   bool odd_scales = false;  // at the guard's edges, huge, tiny, NaN
+  std::optional<double> relu_max = {};
 
   std::string text() const {
     return "[" + std::to_string(outer) + ", " + std::to_string(channels) + ", " +
            std::to_string(inner) + "] count " + std::to_string(count) + " offsets " +
            std::to_string(x_offset) + ", " + std::to_string(y_offset) + " absent " +
            std::to_string(absent) + " values " + std::to_string(int(values)) +
-           (odd_scales ? " odd scales" : "");
+           (odd_scales ? " odd scales" : "") +
+           (relu_max ? " relu_max " + std::to_string(*relu_max) : "");
   }
 };
 
@@ -180,7 +183,7 @@ class Trial {
       EXPECT_TRUE(call.y[k].front_is_untouched());
       for (int64_t i = 0; i < size_; ++i) {
         T expected;
-        narrow(fake_quantize(widen(x_[i]), guarded(k, i), range(k)), expected);
+        narrow(fake_quantize(quantized(i), guarded(k, i), range(k)), expected);
         ASSERT_TRUE(same(call.y[k][i], expected))
             << "element " << i << ", bit-width " << k << ", x " << widen(x_[i]) << ", scale "
             << guarded(k, i);
@@ -216,7 +219,9 @@ class Trial {
       problem.scale_row[k] = scale_rows_ - 1 - k;  // rows 0 and 1 stay unused
       problem.quant_min[k] = is_signed ? -std::ldexp(1.0, bits - 1) : 0;
       problem.quant_max[k] = std::ldexp(1.0, is_signed ? bits - 1 : bits) - 1;
+      if (case_.relu_max) problem.quant_min[k] = 0;
     }
+    problem.relu_max = case_.relu_max;
     if (case_.odd_scales) problem.scale_max = 1e30;
   }
 
@@ -233,6 +238,11 @@ class Trial {
   void fill_x() {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < size_; ++i) x_[i] = from_double<T>(normal(random_));
+    if (case_.relu_max) {  // at the ceiling, and the nearest values of every type around it
+      const double near[] = {1,           1 - 0x1p-8,  1 + 0x1p-7,  1 - 0x1p-11, 1 + 0x1p-10,
+                             1 - 0x1p-24, 1 + 0x1p-23, 1 - 0x1p-53, 1 + 0x1p-52};
+      for (int64_t i = 0; i < size_; i += 7) x_[i] = from_double<T>(*case_.relu_max * near[i % 9]);
+    }
     if (case_.values == Values::ordinary) return;
     using Limits = std::numeric_limits<C>;
     const double tiny = Limits::denorm_min();
@@ -289,8 +299,19 @@ class Trial {
   double grad_factor(int k) const { return 0.5 + k; }
   bool absent(int k) const { return case_.absent >> k & 1; }
 
+  /// The value behind the ReLU, if there is one.
+  C quantized(int64_t i) {
+    const C x = widen(x_[i]);
+    if (!case_.relu_max || std::isnan(x)) return x;
+    return x < 0 ? C(0) : std::min(x, C(*case_.relu_max));
+  }
+
   Gradients<C> terms(int k, int64_t i) {
-    return fake_quantize_backward(widen(grad_[k][i]), widen(x_[i]), guarded(k, i), range(k));
+    const C x = widen(x_[i]);
+    Gradients<C> terms =
+        fake_quantize_backward(widen(grad_[k][i]), quantized(i), guarded(k, i), range(k));
+    if (case_.relu_max && !(0 < x && x < C(*case_.relu_max))) terms.dx = 0;
+    return terms;
   }
 
   void compare_dx(Buffer<T>& dx) {
@@ -592,6 +613,34 @@ TYPED_TEST(Kernels, SpecialValues) {
     this->check({.outer = 3, .channels = 11, .inner = 31, .count = 2, .values = values});
     this->check({.outer = 31, .channels = 32, .count = 5, .values = values});
   }
+}
+
+TYPED_TEST(Kernels, AReluInFrontOfTheQuantizer) {
+  const int64_t vectors = 4 * vector_size<TypeParam>;
+  for (const double ceiling : {1.5, std::numeric_limits<double>::infinity()}) {
+    for (Case c :
+         {Case{.inner = 1023, .values = Values::special_with_nan},
+          Case{.inner = 255, .count = 5, .absent = 0b01010, .values = Values::special},
+          Case{.inner = 255, .count = 5, .values = Values::special, .odd_scales = true},
+          Case{.outer = 3, .channels = 11, .inner = 31, .count = 2, .x_offset = 1},
+          Case{.outer = 31, .channels = vectors, .values = Values::special},
+          Case{.outer = 31, .channels = vectors, .count = 5, .values = Values::special_with_nan},
+          Case{.outer = 31, .channels = vectors + 1, .count = 2}}) {
+      c.relu_max = ceiling;
+      this->check(c);
+    }
+    this->check_selected({.inner = 255, .count = 2, .relu_max = ceiling});
+  }
+}
+
+TYPED_TEST(Kernels, AReluInSomeProblemsOfAList) {
+  const int64_t vectors = 2 * vector_size<TypeParam>;
+  this->check_list(this->parts(3, {.inner = 1023, .relu_max = 6.0}));
+  this->check_list({{.inner = 1023, .count = 5, .relu_max = 1.5},
+                    {.channels = 9, .inner = 31, .count = 5},
+                    {.inner = 255, .relu_max = std::numeric_limits<double>::infinity()}});
+  this->check_list({{.outer = 31, .channels = vectors, .count = 2, .relu_max = 1.5},
+                    {.outer = 5, .channels = 3 * vectors}});
 }
 
 TYPED_TEST(Kernels, ScalesAtAndBeyondTheGuard) {

@@ -126,6 +126,34 @@ TYPED_TEST(Lsq, TheBoundsLetTheGradientThrough) {
   EXPECT_EQ(fake_quantize_backward(C(3), std::nextafter(C(0.5), C(1)), scale, range).dx, C(0));
 }
 
+TYPED_TEST(Lsq, ReluIsThePlainFormula) {
+  using C = TypeParam;
+  for (const C ceiling : {C(6), C(0.1), this->infinity}) {
+    const Relu<C> relu{true, ceiling};
+    for (const C scale : {C(0.1), C(1.0 / 3), ceiling / 3, C(7)}) {
+      const Range<C> range{0, 3};
+      std::vector<C> values = this->inputs(C(0.1), range);
+      values.insert(values.end(), {ceiling, std::nextafter(ceiling, C(0)),
+                                   std::nextafter(ceiling, this->infinity)});
+      for (const C x : values) {
+        // -0.0 stays what it is, as in PyTorch's relu6.
+        const C clamped = x < 0 ? C(0) : x > ceiling ? ceiling : x;
+        ASSERT_TRUE(this->same(fake_quantize(relu.value(x), scale, range),
+                               fake_quantize(clamped, scale, range)))
+            << "x " << x << ", scale " << scale << ", ceiling " << ceiling;
+        EXPECT_EQ(relu.passes(x), 0 < x && x < ceiling) << x;
+        EXPECT_EQ(relu.passes(relu.value(x)), relu.passes(x)) << x;
+      }
+    }
+  }
+}
+
+TYPED_TEST(Lsq, NoReluChangesNothing) {
+  using C = TypeParam;
+  const Relu<C> none{false, this->infinity};
+  for (const C x : this->inputs(C(0.1), {-8, 7})) ASSERT_TRUE(this->same(none.value(x), x));
+}
+
 TYPED_TEST(Lsq, TheGuardKeepsScalesInItsLimits) {
   using C = TypeParam;
   const C low = C(1e-5);
