@@ -136,7 +136,16 @@ struct Writer<C, C> {
 template <typename C>
 struct NoRelu {
   C value(C x) const { return x; }
+  C capped(C x) const { return x; }
   bool passes(C) const { return true; }
+};
+
+/// In the place of a Relu without a ceiling. An infinite x does not pass, as above quant_max.
+template <typename C>
+struct PlainRelu {
+  C value(C x) const { return x < C(0) ? C(0) : x; }
+  C capped(C x) const { return x; }
+  bool passes(C x) const { return x > C(0); }
 };
 
 // --- blocks in the compute type ---------------------------------------------------------------
@@ -156,10 +165,10 @@ inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, May
   }
 }
 
-/// fake_quantize_backward through the ReLU.
+/// fake_quantize_backward through the ReLU. What is below 0 contributes 0 to dscale either way.
 template <typename C, typename MaybeRelu>
 LIMPQ_INLINE Gradients<C> backward_element(C grad, C x, MaybeRelu relu, C scale, Range<C> range) {
-  const Gradients<C> out = fake_quantize_backward(grad, relu.value(x), scale, range);
+  const Gradients<C> out = fake_quantize_backward(grad, relu.capped(x), scale, range);
   return {relu.passes(x) ? out.dx : C(0), out.dscale};
 }
 
@@ -246,13 +255,15 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, in
   });
 }
 
-/// Calls run(relu) with the ReLU, or with what stands for none.
+/// Calls run(relu) with the ReLU, or with what stands for none or one without a ceiling.
 template <typename C, typename Run>
 inline void with_relu(Relu<C> relu, Run run) {
-  if (relu.present) {
-    run(relu);
-  } else {
+  if (!relu.present) {
     run(NoRelu<C>());
+  } else if (relu.ceiling == C(__builtin_inff())) {
+    run(PlainRelu<C>());
+  } else {
+    run(relu);
   }
 }
 
