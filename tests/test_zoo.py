@@ -13,7 +13,7 @@ from zoo import TIMM, TINY, TORCHVISION, small_model
 import limpq_ext as lq
 from limpq_ext.models import load_weights, save_weights
 
-BITS = (2, 4)
+BITS = (4, 6)
 FAST = [*TINY, "resnet18", "mobilenet_v2", "beit_base_patch16_224"]
 
 # What cannot be prepared, and why. At most three.
@@ -60,7 +60,7 @@ def test_a_network_goes_through_every_stage(name, tmp_path):
 
     costs = lq.profile(model, x)
     assert {layer.name for layer in indicators.layers} == {layer.name for layer in costs.layers}
-    policy = lq.search(indicators, costs, bitops=lq.uniform(3, 3))
+    policy = lq.search(indicators, costs, bitops=lq.uniform(5, 5))
 
     quantized = lq.apply_policy(model, policy).train()
     layers = lq.quantized_layers(quantized)
