@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .extras import require
 from .files import FileFormatError, open_atomically
@@ -119,6 +120,37 @@ def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn
             f"weights '{weights}' of '{name}' could not be downloaded ({first_line}); give a local"
             " file instead"
         ) from error
+
+
+def create_shapes(name: str, **options: Any) -> nn.Module:
+    """A model by name whose parameters have shapes but no memory, to be profiled.
+
+    Args:
+        name: As for :func:`create_model`.
+        **options: As there, but for ``weights``.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        ValueError: As there.
+        ImportError: As there.
+    """
+    # Not torch.device("meta"): constructors compute with small tensors, which need their values.
+    with _LayersWithoutMemory():
+        return create_model(name, **options).to("meta")
+
+
+class _LayersWithoutMemory(TorchFunctionMode):
+    """Puts what layers allocate for their weights on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _of_torchvision(name: str, weights: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:

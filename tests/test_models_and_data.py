@@ -6,7 +6,13 @@ from torch import nn
 
 from limpq_ext.data import load_data, make_loader
 from limpq_ext.files import FileFormatError
-from limpq_ext.models import CifarResNet, create_model, load_weights, save_weights
+from limpq_ext.models import (
+    CifarResNet,
+    create_model,
+    create_shapes,
+    load_weights,
+    save_weights,
+)
 
 
 def test_the_small_resnet_has_the_depth_it_says():
@@ -258,3 +264,10 @@ def test_networks_that_ask_for_the_version_of_their_state_load_from_safetensors(
     other = create_model("mnasnet0_5", num_classes=3)
     load_weights(other, tmp_path / "weights.safetensors")
     assert torch.equal(other.classifier[1].weight, model.classifier[1].weight)
+
+
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "vit_h_14", "swin_v2_t", "timm/levit_128s"])
+def test_shapes_need_no_memory_for_weights(name):
+    pytest.importorskip("timm")
+    model = create_shapes(name, num_classes=3)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
