@@ -451,7 +451,7 @@ def _costs(
     import torch
 
     from .costs import profile as count
-    from .models import create_model
+    from .models import create_shapes
 
     if recipe is not None or model is None:
         if recipe is None:
@@ -463,9 +463,7 @@ def _costs(
         raise ValueError("--input-size is missing: --model needs the shape of an image")
     if min(input_size) < 1:
         raise ValueError(f"--input-size is {input_size}, expected positive numbers")
-    with torch.device("meta"):
-        network = create_model(model)
-    return count(network, torch.zeros(1, *input_size, device="meta"))
+    return count(create_shapes(model), torch.zeros(1, *input_size, device="meta"))
 
 
 def _refuse_existing(path: Path, force: bool) -> None:
