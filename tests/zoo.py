@@ -107,8 +107,11 @@ SPECIAL = {
     "googlenet": Entry(options={"init_weights": False, "aux_logits": False}),
     "maxvit_t": Entry(224, options={"input_size": (224, 224)}),
     "regnet_y_128gf": Entry(build=_shallow_regnet),
-    # At 2 bits all 8 channels of its squeeze-and-excitation may be 0, which pass no gradient on.
+    # Weights of 2 bits, -2 to 1, are negative on average, so that few positive values come out of
+    # these with random weights; where none is in a quantizer's range, no gradient is passed on.
     "regnet_y_400mf": Entry(bits=(4, 6)),
+    "vgg11_bn": Entry(bits=(4, 6)),
+    "vgg13_bn": Entry(bits=(4, 6)),
     "squeezenet1_0": Entry(48),
     "swin_v2_t": Entry(64),
     "swin_v2_s": Entry(64),
