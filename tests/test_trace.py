@@ -220,3 +220,12 @@ def test_a_prepared_model_has_the_layers_that_were_profiled(model):
     assert {layer.name for layer in costs.fixed} < set(names)
     policy = Policy.uniform(costs, 4, 4)
     assert set(quantized_layers(apply_policy(model, policy))) == set(policy.bits())
+
+
+def test_what_a_module_keeps_beside_parameters_is_followed_or_named():
+    kept = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    kept.table = kept[0].weight * 2  # as the former torch.nn.utils.weight_norm keeps a weight
+    assert len(profile(kept, torch.zeros(1, 3)).layers) == 1
+    kept.cache = {"table": kept[0].weight * 3}
+    with pytest.raises(ValueError, match="cannot copy Sequential: Only Tensors created explicitly"):
+        profile(kept, torch.zeros(1, 3))
