@@ -64,7 +64,7 @@ class ProjectedAttention(nn.MultiheadAttention):
             )
             for row, (name, weight) in enumerate(zip(cls._PARTS, weights, strict=True)):
                 setattr(twin, name, _linear(weight, None if bias is None else _part(bias, row)))
-        return twin
+        return twin.train(module.training)
 
     def forward(
         self,
