@@ -64,7 +64,7 @@ class ProjectedAttention(nn.MultiheadAttention):
             )
             for row, (name, weight) in enumerate(zip(cls._PARTS, weights, strict=True)):
                 setattr(twin, name, _linear(weight, None if bias is None else _part(bias, row)))
-        return twin
+        return twin.train(module.training)
 
     def forward(
         self,
@@ -219,9 +219,18 @@ def with_layers(model: nn.Module, replaced: Callable[[str], bool]) -> nn.Module:
 
     Returns:
         A copy of the modules that shares the parameters and buffers.
+
+    Raises:
+        ValueError: The model holds something that cannot be copied.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors = itertools.chain(model.parameters(), model.buffers(), attributes)
+    shared = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
+    try:
+        model = copy.deepcopy(model, shared)
+    except (RuntimeError, TypeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"cannot copy {type(model).__name__}: {first_line}") from error
     names = {module: name for name, module in model.named_modules()}
     crossing = {
         module.multihead_attn for module in names if isinstance(module, nn.TransformerDecoderLayer)

@@ -56,7 +56,10 @@ CalibrateOption = Annotated[
     typer.Option(metavar="BATCHES", min=1, help="For a first look: no training, these batches."),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="cifar_resnet or a torchvision classifier.")
+    str | None,
+    typer.Option(
+        "--model", help="cifar_resnet, a torchvision classifier, timm/NAME or module:function."
+    ),
 ]
 InputSizeOption = Annotated[
     tuple[int, int, int] | None,
@@ -611,7 +614,7 @@ def _costs(
     import torch
 
     from .costs import profile as count
-    from .models import create_model
+    from .models import create_shapes
 
     if recipe is not None or model is None:
         if recipe is None:
@@ -623,9 +626,7 @@ def _costs(
         raise ValueError("--input-size is missing: --model needs the shape of an image")
     if min(input_size) < 1:
         raise ValueError(f"--input-size is {input_size}, expected positive numbers")
-    with torch.device("meta"):
-        network = create_model(model)
-    return count(network, torch.zeros(1, *input_size, device="meta"))
+    return count(create_shapes(model), torch.zeros(1, *input_size, device="meta"))
 
 
 def _refuse_existing(path: Path, force: bool) -> None:

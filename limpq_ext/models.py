@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
 import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .extras import require
 from .files import FileFormatError, open_atomically
@@ -71,34 +79,149 @@ def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.S
     return nn.Sequential(first, *(block(channels, channels) for _ in range(blocks - 1)))
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
-    """A model with random weights.
+def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn.Module:
+    """A model by name.
 
     Args:
-        name: ``cifar_resnet`` or the name of a torchvision classification model.
-        **options: Arguments of its constructor, such as ``num_classes``.
+        name: ``cifar_resnet``; a torchvision classification model, such as ``resnet50``;
+            ``timm/NAME`` for one of timm (the extra ``timm``); or ``package.module:function`` for
+            a function or class that returns a model, also of a module in the working directory.
+        weights: None: random weights. Else published weights, which are downloaded where they were
+            not before: the name of an entry in torchvision's enumeration, such as ``DEFAULT`` or
+            ``IMAGENET1K_V2``; for timm ``DEFAULT``, where a tag in its name says which.
+        **options: Arguments of its constructor, such as ``num_classes``. googlenet and inception_v3
+            come without auxiliary classifiers unless ``aux_logits`` asks for them.
 
     Raises:
-        ValueError: The name is unknown, or an option does not fit.
-        ImportError: torchvision is missing.
+        ValueError: The name is unknown, or an option or ``weights`` does not fit.
+        TypeError: A function of one's own returns no torch.nn.Module.
+        ImportError: torchvision, timm, or the module of one's own is missing.
+        ConnectionError: The weights could not be downloaded.
     """
-    if name == "cifar_resnet":
-        constructor: Any = CifarResNet
+    if ":" in name:
+        return _own_model(name, weights, options)
+    if name.startswith("timm/"):
+        constructor, chosen = _of_timm(name, weights)
+    elif name == "cifar_resnet":
+        if weights is not None:
+            raise ValueError(f"there are no published weights of '{name}', got '{weights}'")
+        constructor, chosen = CifarResNet, {}
     else:
-        models = require("torchvision.models", "train")
-        if name not in models.list_models(module=models):
-            raise ValueError(
-                f"unknown model '{name}': expected 'cifar_resnet' or a torchvision classification"
-                " model such as 'resnet50'"
-            )
-        constructor = models.get_model_builder(name)
-        options = {"weights": None, **options}
-        if name in ("googlenet", "inception_v3"):
-            options.setdefault("init_weights", True)
+        constructor, chosen = _of_torchvision(name, weights)
     try:
-        return constructor(**options)
+        return constructor(**{**chosen, **options})
     except TypeError as error:
         raise ValueError(f"model '{name}': {error}") from error
+    except (OSError, RuntimeError) as error:
+        if weights is None:
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(
+            f"weights '{weights}' of '{name}' could not be downloaded ({first_line}); give a local"
+            " file instead"
+        ) from error
+
+
+def create_shapes(name: str, **options: Any) -> nn.Module:
+    """A model by name whose parameters have shapes but no memory, to be profiled.
+
+    Args:
+        name: As for :func:`create_model`.
+        **options: As there, but for ``weights``.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        ValueError: As there.
+        ImportError: As there.
+    """
+    # Not torch.device("meta"): constructors compute with small tensors, which need their values.
+    with _LayersWithoutMemory():
+        return create_model(name, **options).to("meta")
+
+
+class _LayersWithoutMemory(TorchFunctionMode):
+    """Puts what layers allocate for their weights on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _of_torchvision(name: str, weights: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    models = require("torchvision.models", "train")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ValueError(
+            f"unknown model '{name}': expected 'cifar_resnet', a torchvision classification model"
+            f" such as 'resnet50', 'timm/NAME' or 'package.module:function'{_similar(name, known)}"
+        )
+    chosen: dict[str, Any] = {"weights": None}
+    if weights is not None:
+        published = models.get_model_weights(name)
+        entry = weights.rpartition(".")[2]
+        if entry not in published.__members__:
+            raise ValueError(
+                f"model '{name}' has no weights '{weights}', those are"
+                f" {', '.join(published.__members__)}"
+            )
+        chosen["weights"] = published[entry]
+    if name in ("googlenet", "inception_v3"):
+        # Outputs of auxiliary classifiers are no class scores that a loss takes.
+        chosen["aux_logits"] = False
+        if weights is None:
+            chosen["init_weights"] = True
+    return models.get_model_builder(name), chosen
+
+
+def _of_timm(name: str, weights: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    timm = require("timm", "timm")
+    own_name = name.removeprefix("timm/")
+    if not timm.is_model(own_name):
+        similar = _similar(own_name, timm.list_models())
+        raise ValueError(f"unknown model '{name}': timm has no such model{similar}")
+    if weights not in (None, "DEFAULT"):
+        raise ValueError(
+            f"weights of '{name}' are None or 'DEFAULT', got '{weights}': a tag after the name says"
+            " which, as in 'timm/resnet50.a1_in1k'"
+        )
+    return partial(timm.create_model, own_name), {"pretrained": weights is not None}
+
+
+def _own_model(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if weights is not None:
+        raise ValueError(f"there are no published weights of '{name}', got '{weights}'")
+    folder = os.getcwd()  # noqa: PTH109  # sys.path holds strings
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # a console script does not look there
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"model '{name}': cannot import '{module_name}': {error}") from error
+    constructor = getattr(module, attribute, None)
+    if not callable(constructor):
+        raise ValueError(f"model '{name}': module '{module_name}' has no function '{attribute}'")
+    try:
+        inspect.signature(constructor).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"model '{name}': {error}") from error
+    model = constructor(**options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    return model
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; similar: {', '.join(close)}" if close else ""
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -119,7 +242,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: Gets the weights, in place.
         path: ``*.safetensors``, or a file of ``torch.save`` that ``weights_only`` can read: a
-            state_dict, alone or under "state_dict" or "model".
+            state_dict, alone or under "state_dict", "model" or "model_state_dict". What
+            DistributedDataParallel and torch.compile put in front of every name is dropped.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -127,19 +251,41 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights '{os.fspath(path)}' do not exist")
-    state = _read_state(path)
+    own = model.state_dict()
+    state = _without_prefixes(_read_state(path), own)
+    # A safetensors file does not tell the versions of the modules, which are those of today.
+    versions = getattr(own, "_metadata")  # noqa: B009  # of OrderedDict, unknown to its stub
+    if not hasattr(state, "_metadata"):
+        state = OrderedDict(state)
+        setattr(state, "_metadata", versions)  # noqa: B010
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise FileFormatError(f"{os.fspath(path)}: {reason}") from error
+    problems = [
+        f"{problem} {_some(names)}"
+        for problem, names in (("lacks", missing), ("has, unlike the model,", unexpected))
+        if names
+    ]
+    if problems:
         raise FileFormatError(
-            f"{os.fspath(path)}: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    for problem, names in (("lacks", missing), ("has, unlike the model,", unexpected)):
-        if names:
-            raise FileFormatError(
-                f"{os.fspath(path)}: {problem} '{names[0]}' and {len(names) - 1} more tensors"
-                f" of {type(model).__name__}"
-            )
+            f"{os.fspath(path)}: is not of this {type(model).__name__}: {'; '.join(problems)}"
+        )
+
+
+def _without_prefixes(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    own = list(own)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        wrapped = bool(state) and all(name.startswith(prefix) for name in state)
+        if wrapped and not all(name.startswith(prefix) for name in own):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -157,9 +303,9 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileFormatError(
             f"{os.fspath(path)}: not a readable checkpoint: {first_line}"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise FileFormatError(f"{os.fspath(path)}: holds no state_dict")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return content

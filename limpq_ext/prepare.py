@@ -40,6 +40,11 @@ def prepare(
     a batch normalisation that such a layer feeds gets a row per bit-width. Names in the state_dict
     stay those of the float model. All layers start at the highest bit-width.
 
+    Attention that multiplies by weights past their layers is replaced by one that goes through
+    them. nn.MultiheadAttention then has layers, and names, where it had parameters:
+    ``...self_attention.in_proj`` for ``in_proj_weight``, or ``q_proj``, ``k_proj`` and ``v_proj``
+    where it attends to other tensors. A state_dict of the float model still loads.
+
     Args:
         model: The float model; it is left as it is.
         bits: Candidate bit-widths, each 2 to 16.
@@ -47,7 +52,8 @@ def prepare(
         fixed: Names or patterns of the layers to leave in float here and at 8 bits later. None: the
             first and the last quantizable layer that runs.
         exclude: Names or patterns of modules to leave in float for good.
-        per_channel_weights: One weight scale per output channel and bit-width.
+        per_channel_weights: One weight scale per output channel and bit-width; the importance
+            indicator of a layer is then their mean.
         symmetric_weights: Leave out the lowest value of the weights' range.
         scale_max: Upper bound of all scales; LIMPQ's own code uses 1.0.
 
@@ -106,7 +112,8 @@ def apply_policy(
 
     Args:
         model: The float model, or a prepared one; it is left as it is.
-        policy: Bits for layers of this model by name, the fixed ones included.
+        policy: Bits for layers of this model by name, the fixed ones included. Projections of
+            attention have the names that :func:`prepare` gives them.
         per_channel_weights: One weight scale per output channel, in layers that are float.
         symmetric_weights: Leave out the lowest value of the weights' range; likewise.
         scale_max: Upper bound of all scales; likewise.

@@ -31,7 +31,10 @@ class _Section(pydantic.BaseModel):  # type: ignore[name-defined]  # imported by
 class ModelSection(_Section):
     """Which network."""
 
-    name: str = Field("cifar_resnet", description="cifar_resnet or a torchvision classifier")
+    name: str = Field(
+        "cifar_resnet",
+        description="cifar_resnet, a torchvision classifier, timm/NAME or package.module:function",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="arguments of its constructor; classes come from the data"
     )

@@ -134,6 +134,13 @@ def test_the_float_module_stays_as_it_is_and_parameters_are_shared():
     assert twin[0].in_proj.weight is model[0].in_proj_weight
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_kept(training):
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)).train(training)
+    twin = with_layers(model, lambda name: True)
+    assert {module.training for module in twin.modules()} == {training}
+
+
 def test_what_is_left_out_keeps_its_class():
     twin = with_layers(nn.ModuleList([nn.MultiheadAttention(8, 2) for _ in range(2)]), "1".__eq__)
     assert [type(module) for module in twin] == [nn.MultiheadAttention, ProjectedAttention]
@@ -253,6 +260,29 @@ def test_every_projection_is_quantized_in_every_branch():
         select_bits(prepared, bits)
         outputs.append(prepared.eval()(x))
     assert not torch.equal(*outputs)
+
+
+def test_what_the_branches_share_of_an_encoder_does_not_change_its_gradients():
+    torch.manual_seed(0)
+    model, x, target = Encoder().double(), torch.randn(4, 5, 6).double(), torch.tensor([0, 1, 2, 0])
+    gradients = []
+    for shared in (True, False):
+        prepared = prepare(model, (2, 4), example_input=x).double()
+        trainer = JointTrainer(
+            prepared,
+            torch.optim.SGD(prepared.parameters(), 0.0),
+            F.cross_entropy,
+            weight_bank=shared,
+            share_stem=shared,
+            drop_relu=shared,
+            clip_value=1e9,
+        )
+        trainer.step(x, target)
+        trainer.step(x, target)
+        assert trainer.shared["stem"] == shared
+        gradients.append({name: p.grad.clone() for name, p in prepared.named_parameters()})
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(grad, gradients[1][name], msg=name)
 
 
 def test_excluded_attention_stays_float():

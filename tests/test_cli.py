@@ -440,6 +440,10 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
             "unknown model 'resnet19'",
         ),
         (
+            ("profile", "--out", "new.json", "--model", "vit_b_16", "--input-size", 3, 32, 32),
+            "cannot follow VisionTransformer.forward",
+        ),
+        (
             ("profile", "--out", "new.json", "--model", "resnet18", "--input-size", 3, 0, 8),
             "--input-size is (3, 0, 8)",
         ),

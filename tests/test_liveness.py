@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from limpq_ext import profile
 from limpq_ext.costs import LiveTensor
+from limpq_ext.liveness import Flow, Kind
 from limpq_ext.trace import trace
 
 IMAGE = torch.zeros(2, 3, 10, 10)
+SIZES = st.integers(1, 4)
 
 
 class Network(nn.Module):
@@ -276,3 +280,38 @@ def test_resnet18_at_224():
     # 8; what layer2.0.conv2 put out, as large, waits in float for their sum.
     bits = {layer.name: (8, 8) for layer in costs.layers} | {"layer1.0.conv1": (2, 2)}
     assert costs.activation_memory_bits(bits) == 200_704 * 8 + 100_352 * 8 + 100_352 * 32
+
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from(Kind), st.lists(st.integers(0, 30), min_size=1, max_size=3), SIZES),
+    max_size=20,
+)
+
+
+@given(sizes=st.lists(SIZES, min_size=1, max_size=2), calls=CALLS)
+def test_in_any_network_what_a_layer_reads_and_puts_out_is_held_at_its_moment(sizes, calls):
+    flow = Flow()
+    for elements in sizes:
+        flow.add_input(elements)
+    values = len(sizes)
+    moments = []
+    for kind, chosen, elements in calls:
+        inputs = [number % values for number in chosen][: 1 if kind is not Kind.MOVE else None]
+        if kind is Kind.SAME:
+            elements = flow.elements(inputs[0])
+        layer = f"layer{len(moments)}" if kind is Kind.LAYER else None
+        values = 1 + flow.add_call(kind, inputs, elements, layer)
+        if layer is not None:
+            moments.append((layer, elements))
+    flow.set_outputs([values - 1])
+    tensors = flow.tensors()
+    last_moment = max(0, len(moments) - 1)
+    assert all(0 <= tensor.first <= tensor.last <= last_moment for tensor in tensors)
+    names = {layer for layer, _ in moments}
+    assert {tensor.layer for tensor in tensors} <= names | {None}
+    assert any(tensor.last == last_moment for tensor in tensors)
+    for moment, (_, elements) in enumerate(moments):
+        held = [tensor for tensor in tensors if tensor.first <= moment <= tensor.last]
+        assert any(tensor.first == moment and tensor.elements == elements for tensor in held)
+        assert len(held) >= 2  # what the layer reads, too
+    assert all(len(set(group)) > 1 and set(group) <= names for group in flow.shared_inputs())

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,13 @@ from torch import nn
 from limpq_ext.data import make_loader
 from limpq_ext.datasets import load_data
 from limpq_ext.files import FileFormatError
-from limpq_ext.models import CifarResNet, create_model, load_weights, save_weights
+from limpq_ext.models import (
+    CifarResNet,
+    create_model,
+    create_shapes,
+    load_weights,
+    save_weights,
+)
 
 
 def test_the_small_resnet_has_the_depth_it_says():
@@ -22,7 +30,7 @@ def test_torchvision_models_come_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet19", {}, "unknown model 'resnet19': expected 'cifar_resnet' or a torchvision"),
+        ("resnet19", {}, "unknown model 'resnet19': expected 'cifar_resnet', a torchvision"),
         ("cifar_resnet", {"depth": 3}, "model 'cifar_resnet': .*'depth'"),
         ("cifar_resnet", {"blocks": 0}, "blocks is 0"),
         ("fasterrcnn_resnet50_fpn", {}, "unknown model"),
@@ -132,3 +140,137 @@ def test_wrong_data_is_named():
         make_loader(empty, batch_size=4, train=True)
     with pytest.raises(ValueError, match="batch_size is 0"):
         make_loader(load_data("digits").test, batch_size=0, train=False)
+
+
+def test_close_names_are_suggested():
+    with pytest.raises(ValueError, match=r"unknown model 'resnet19': .*similar: resnet"):
+        create_model("resnet19")
+
+
+def test_models_of_timm_come_by_name():
+    pytest.importorskip("timm")
+    model = create_model("timm/mobilenetv1_100", num_classes=7)
+    assert model.get_classifier().out_features == 7
+    with pytest.raises(ValueError, match=r"timm has no such model; similar: mobilenetv1_100"):
+        create_model("timm/mobilenetv1_10")
+    with pytest.raises(ValueError, match="weights of 'timm/resnet18' are None or 'DEFAULT'"):
+        create_model("timm/resnet18", weights="IMAGENET1K_V1")
+
+
+def own_network(num_classes=10):
+    return nn.Linear(3, num_classes)
+
+
+def not_a_network():
+    return 3
+
+
+def test_a_model_of_ones_own_is_a_function_of_a_module(tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text(
+        "import torch\n\ndef tiny(width=4):\n    return torch.nn.Linear(3, width)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert create_model("my_networks:tiny", width=6).out_features == 6
+    assert create_model("limpq_ext.models:CifarResNet", blocks=1).fc.out_features == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("no.such_module:tiny", {}, ImportError, "cannot import 'no.such_module'"),
+        (f"{__name__}:nothing", {}, ValueError, "has no function 'nothing'"),
+        (f"{__name__}:own_network", {"depth": 3}, ValueError, "unexpected keyword.*'depth'"),
+        (f"{__name__}:not_a_network", {}, TypeError, "returned a int, expected a torch"),
+        (f"{__name__}:own_network", {"weights": "DEFAULT"}, ValueError, "no published weights of"),
+        ("cifar_resnet", {"weights": "DEFAULT"}, ValueError, "no published weights of"),
+        ("resnet18", {"weights": "V9"}, ValueError, "no weights 'V9', those are IMAGENET1K_V1"),
+    ],
+)
+def test_wrong_models_of_ones_own_and_wrong_weights_are_named(name, options, error, message):
+    with pytest.raises(error, match=message):
+        create_model(name, **options)
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch, weights):
+    import urllib.error
+
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    with pytest.raises(
+        ConnectionError,
+        match=r"of 'resnet18' could not be downloaded \(.*no route to host.*local file",
+    ):
+        create_model("resnet18", weights=weights)
+
+
+def test_published_weights_that_were_downloaded_before_are_loaded(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(1)
+    published = torchvision.models.squeezenet1_1().state_dict()
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / "squeezenet1_1-b8a52dc0.pth"
+    torch.save(published, path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = create_model("squeezenet1_1", weights="DEFAULT")
+    assert all(torch.equal(published[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_classifiers_give_class_scores_in_training_too(name):
+    pytest.importorskip("torchvision")
+    model = create_model(name, num_classes=3, init_weights=False).train()
+    assert model(torch.zeros(2, 3, 75, 75)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt"])
+def test_names_of_wrapped_models_are_unwrapped(tmp_path, prefix, file):
+    from safetensors.torch import save_file
+
+    model = CifarResNet(1)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    if file == "weights.pt":
+        torch.save({"epoch": 3, "model_state_dict": state}, tmp_path / file)
+    else:
+        save_file(state, tmp_path / file)
+    other = CifarResNet(1)
+    load_weights(other, tmp_path / file)
+    assert torch.equal(other.fc.weight, model.fc.weight)
+
+
+def test_a_module_that_is_called_module_keeps_its_name(tmp_path):
+    model = nn.ModuleDict({"module": nn.Linear(2, 3)})
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = nn.ModuleDict({"module": nn.Linear(2, 3)})
+    load_weights(other, tmp_path / "weights.pt")
+    assert torch.equal(other.module.weight, model.module.weight)
+
+
+def test_all_that_does_not_fit_is_named(tmp_path):
+    torch.save({"a.weight": torch.zeros(2), "b": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(
+        FileFormatError,
+        match=r"not of this Linear: lacks 'weight', 'bias'; has, unlike .*, 'a\.weight', 'b'",
+    ):
+        load_weights(nn.Linear(2, 3), tmp_path / "weights.pt")
+
+
+def test_networks_that_ask_for_the_version_of_their_state_load_from_safetensors(tmp_path):
+    model = create_model("mnasnet0_5", num_classes=3)
+    save_weights(model, tmp_path / "weights.safetensors")
+    other = create_model("mnasnet0_5", num_classes=3)
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert torch.equal(other.classifier[1].weight, model.classifier[1].weight)
+
+
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "vit_h_14", "swin_v2_t", "timm/levit_128s"])
+def test_shapes_need_no_memory_for_weights(name):
+    pytest.importorskip("timm")
+    model = create_shapes(name, num_classes=3)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())

@@ -5,17 +5,19 @@ pytest.importorskip("torchvision")
 
 import torchvision
 from networks import (
+    Attending,
     Depthwise,
     NoNorm,
     PaddedConv2d,
     PreActivation,
     Shared,
     StandardizedConv2d,
+    Upsampling,
 )
 from torch import nn
 from torch.nn import functional as F
 
-from limpq_ext import profile
+from limpq_ext import Policy, apply_policy, prepare, profile, quantized_layers
 from limpq_ext.trace import trace
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -172,3 +174,58 @@ def test_several_inputs():
 
     found = trace(Two(), (torch.zeros(2, 3), torch.zeros(2, 5)))
     assert [layer.macs for layer in found.layers] == [12, 20, 8]
+
+
+def test_nothing_of_a_trace_stays_in_a_model_that_keeps_what_it_computes():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.bias = nn.Parameter(torch.ones(3))
+            self.cache = {}
+
+        def forward(self, x):
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.bias * 2
+            return self.last(self.first(x) + self.cache["bias"])
+
+    model = Caching().eval()
+    trace(model, torch.zeros(1, 3))
+    assert model.cache == {}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_is_called_by_keyword_is_traced():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(input=self.first(input=x))
+
+    assert [x.activations for x in trace(ByKeyword(), torch.zeros(1, 3)).layers] == [3, 4]
+
+
+def test_the_norm_after_a_transposed_convolution_follows_its_bits():
+    assert trace(Upsampling(), IMAGE).norm_sources == {"bn": "up1"}
+
+
+@pytest.mark.parametrize("model", [Attending(), Upsampling()])
+def test_a_prepared_model_has_the_layers_that_were_profiled(model):
+    costs = profile(model, IMAGE)
+    prepared = prepare(model, (2, 4), example_input=IMAGE)
+    assert {layer.name for layer in costs.layers} == set(quantized_layers(prepared))
+    names = dict(prepared.named_modules())
+    assert {layer.name for layer in costs.fixed} < set(names)
+    policy = Policy.uniform(costs, 4, 4)
+    assert set(quantized_layers(apply_policy(model, policy))) == set(policy.bits())
+
+
+def test_what_a_module_keeps_beside_parameters_is_followed_or_named():
+    kept = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    kept.table = kept[0].weight * 2  # as the former torch.nn.utils.weight_norm keeps a weight
+    assert len(profile(kept, torch.zeros(1, 3)).layers) == 1
+    kept.cache = {"table": kept[0].weight * 3}
+    with pytest.raises(ValueError, match="cannot copy Sequential: Only Tensors created explicitly"):
+        profile(kept, torch.zeros(1, 3))

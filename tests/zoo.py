@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.regnet import BlockParams, RegNet
@@ -17,6 +16,8 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
+from limpq_ext.models import create_shapes
+
 CLASSES = 8
 TORCHVISION = models.list_models(module=models)
 
@@ -27,12 +28,14 @@ class Entry:
 
     Attributes:
         size: Height and width of the smallest images it takes.
+        bits: Candidate bit-widths.
         options: Arguments of its constructor.
         build: Builds it instead of its constructor, where that has no argument for its depth and
             the whole network needs more than 6 GiB to train.
     """
 
     size: int = 32
+    bits: tuple[int, ...] = (2, 4)
     options: dict[str, Any] = field(default_factory=dict)
     build: Any = None
 
@@ -100,16 +103,21 @@ SPECIAL = {
     **TINY,
     "alexnet": Entry(63),
     "convnext_large": Entry(build=_shallow_convnext),
-    "inception_v3": Entry(75, {"init_weights": False, "aux_logits": False}),
+    "inception_v3": Entry(75, options={"init_weights": False, "aux_logits": False}),
     "googlenet": Entry(options={"init_weights": False, "aux_logits": False}),
-    "maxvit_t": Entry(224, {"input_size": (224, 224)}),
+    "maxvit_t": Entry(224, options={"input_size": (224, 224)}),
     "regnet_y_128gf": Entry(build=_shallow_regnet),
+    # Weights of 2 bits, -2 to 1, are negative on average, so that few positive values come out of
+    # these with random weights; where none is in a quantizer's range, no gradient is passed on.
+    "regnet_y_400mf": Entry(bits=(4, 6)),
+    "vgg11_bn": Entry(bits=(4, 6)),
+    "vgg13_bn": Entry(bits=(4, 6)),
     "squeezenet1_0": Entry(48),
     "swin_v2_t": Entry(64),
     "swin_v2_s": Entry(64),
     "swin_v2_b": Entry(64),
     "vit_b_16": Entry(options={"image_size": 32}),
-    "vit_b_32": Entry(64, {"image_size": 64}),
+    "vit_b_32": Entry(64, options={"image_size": 64}),
     "vit_l_16": Entry(build=_shallow_vit(16, 16, 1024)),
     "vit_l_32": Entry(64, build=_shallow_vit(32, 16, 1024)),
     "vit_h_14": Entry(28, build=_shallow_vit(14, 16, 1280)),
@@ -124,25 +132,25 @@ TIMM = {
     # attention
     "vit_tiny_patch16_224": Entry(options={"img_size": 32}),
     "beit_base_patch16_224": Entry(options={"img_size": 32, "depth": 2}),
-    "eva02_tiny_patch14_224": Entry(28, {"img_size": 28}),
+    "eva02_tiny_patch14_224": Entry(28, options={"img_size": 28}),
     "swin_tiny_patch4_window7_224": Entry(options={"img_size": 32, "window_size": 2}),
-    "swinv2_tiny_window8_256": Entry(64, {"img_size": 64}),
+    "swinv2_tiny_window8_256": Entry(64, options={"img_size": 64}),
     "xcit_nano_12_p16_224": Entry(),
     "cait_xxs24_224": Entry(options={"img_size": 32}),
     # MLPs
-    "mixer_s32_224": Entry(64, {"img_size": 64}),
+    "mixer_s32_224": Entry(64, options={"img_size": 64}),
     "gmlp_ti16_224": Entry(options={"img_size": 32}),
     # hybrids
     "mobilevit_xxs": Entry(64),
     "levit_128s": Entry(224),
-    "coatnet_nano_rw_224": Entry(64, {"img_size": 64}),
+    "coatnet_nano_rw_224": Entry(64, options={"img_size": 64}),
     "poolformer_s12": Entry(),
     "edgenext_xx_small": Entry(),
 }
 
 
 def small_model(name):
-    """The model of that name with random weights, and a batch of the smallest images it takes."""
+    """The model of that name, random; a batch of the smallest images it takes; candidate bits."""
     entry = SPECIAL.get(name) or TIMM.get(name) or Entry()
     torch.manual_seed(0)
     if entry.build is not None:
@@ -161,23 +169,10 @@ def small_model(name):
         for parameter in model.parameters():
             if parameter.abs().max() <= 1e-4:
                 parameter.normal_(std=0.1)
-    return model, torch.randn(4, 3, entry.size, entry.size)
-
-
-class _WithoutMemory(TorchFunctionMode):
-    """Puts what layers allocate for their weights on the meta device."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+    return model, torch.randn(4, 3, entry.size, entry.size), entry.bits
 
 
 def full_model(name):
     """The model of that name as torchvision publishes it, without memory for its weights."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    if name == "googlenet":
-        options["aux_logits"] = False  # as its published weights are counted
-    with _WithoutMemory():
-        return models.get_model(name, weights=None, **options).to("meta").eval()
+    return create_shapes(name, **options).eval()
