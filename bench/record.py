@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import joint_step, report, timing
+from . import joint_step, report, search, timing
 from .cases import Case, all_cases
 from .timing import Turns, compare_samples
 
@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only in shape.name:
             print(shape.name, file=sys.stderr)
             results.append(joint_step.measure_steps(shape, device=options.device))
+    searches = search.cases() if options.device == "cpu" and not options.quick else []
+    for case in searches:
+        if options.only in case.name:
+            print(case.name, file=sys.stderr)
+            results.append(search.measure_search(case))
     if options.device == "cpu":
         run["keeps_freed_memory"] = timing.keep_freed_memory()
     left_out = []
