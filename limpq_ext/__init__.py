@@ -21,17 +21,21 @@ if torch.__version__ != _build.TORCH_VERSION:
     )
 
 from .bank import WeightBank
+from .budgets import ShareOf8Bit, UniformLevel, of_8bit, uniform
 from .calibration import calibrate, reestimate_batch_norm
 from .checkpoint import Checkpoint, Interrupted
 from .costs import Costs, profile
 from .data import Data, make_loader
 from .datasets import load_data
 from .evaluation import Confusion, Evaluation, confuse, evaluate
+from .explain import Explanation, explain
 from .failures import NonFiniteError
 from .files import FileFormatError
 from .finetune import finetune
 from .indicators import Indicators
+from .infeasible import InfeasibleError
 from .joint import JointStep, JointTrainer
+from .latency import LatencyEntry, LatencyTable
 from .layers import (
     QuantConv1d,
     QuantConv2d,
@@ -45,10 +49,11 @@ from .layers import (
 )
 from .metrics import Journal, MetricsFile, TensorBoard
 from .ops import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
+from .pareto import Curve, pareto
 from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
-from .search import InfeasibleError, search, uniform
+from .search import search
 from .training import Recording
 
 __version__ = metadata.version("limpq_ext")
@@ -58,8 +63,10 @@ __all__ = [
     "Checkpoint",
     "Confusion",
     "Costs",
+    "Curve",
     "Data",
     "Evaluation",
+    "Explanation",
     "FileFormatError",
     "Indicators",
     "InfeasibleError",
@@ -67,6 +74,8 @@ __all__ = [
     "JointStep",
     "JointTrainer",
     "Journal",
+    "LatencyEntry",
+    "LatencyTable",
     "LsqQuantizer",
     "MetricsFile",
     "NonFiniteError",
@@ -80,20 +89,25 @@ __all__ = [
     "QuantLinear",
     "QuantizedLayer",
     "Recording",
+    "ShareOf8Bit",
     "SwitchableBatchNorm",
     "TensorBoard",
+    "UniformLevel",
     "WeightBank",
     "WeightQuantizer",
     "apply_policy",
     "calibrate",
     "confuse",
     "evaluate",
+    "explain",
     "finetune",
     "load_data",
     "lsq_fake_quantize",
     "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",
     "make_loader",
+    "of_8bit",
+    "pareto",
     "prepare",
     "profile",
     "quantized_layers",

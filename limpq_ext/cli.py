@@ -65,6 +65,76 @@ InputSizeOption = Annotated[
     tuple[int, int, int] | None,
     typer.Option("--input-size", help="Shape of one image: CHANNELS HEIGHT WIDTH."),
 ]
+IndicatorsOption = Annotated[
+    Path, typer.Option(help="Indicator file (.json, or LIMPQ's .pkl).", show_default=False)
+]
+CostsOption = Annotated[Path | None, typer.Option(help="Cost file of `limpq profile`.")]
+BitopsOption = Annotated[
+    str | None, typer.Option(help="Most BitOps of the searchable layers, per image.")
+]
+SizeOption = Annotated[str | None, typer.Option(help="Most bytes of all weights.")]
+CompressionOption = Annotated[
+    str | None, typer.Option(help="Least ratio of 32-bit weights to the policy's.")
+]
+MeanWeightBitsOption = Annotated[
+    str | None, typer.Option(help="Highest mean of the weight bits over the layers.")
+]
+MeanActivationBitsOption = Annotated[
+    str | None, typer.Option(help="Highest mean of the activation bits over the layers.")
+]
+BitsPerWeightOption = Annotated[
+    str | None, typer.Option(help="Highest mean of the bits over all searchable weights.")
+]
+BitsPerActivationOption = Annotated[
+    str | None, typer.Option(help="Highest mean of the bits over all inputs of the layers.")
+]
+ActivationMemoryOption = Annotated[
+    str | None, typer.Option(help="Most bytes of activations held at one moment, per image.")
+]
+LatencyOption = Annotated[str | None, typer.Option(help="Most seconds, by --latency-table.")]
+LatencyTableOption = Annotated[
+    Path | None,
+    typer.Option(help="Measured seconds: .json, or .csv of layer,weight_bits,activation_bits,..."),
+]
+RestrictionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.yaml",
+        help="Restrictions by layer or pattern: pairs, fixed, tied, min_bits, ...",
+    ),
+]
+TieSharedInputsOption = Annotated[
+    bool,
+    typer.Option(
+        "--tie-shared-inputs", help="Equal activation bits where layers read the same tensor."
+    ),
+]
+WeightBitsOption = Annotated[
+    int | None, typer.Option(help="Bits of all weights: only activations are searched.")
+]
+ActivationBitsOption = Annotated[
+    int | None, typer.Option(help="Bits of all activations: only weights are searched.")
+]
+AlphaOption = Annotated[
+    float, typer.Option(help="Weight of the weight indicators against the activations'.")
+]
+NormaliseOption = Annotated[
+    bool, typer.Option("--normalise", help="Normalised indicators instead of LIMPQ's plain sum.")
+]
+NonMonotoneOption = Annotated[
+    str,
+    typer.Option(
+        metavar="forbid|isotonic|keep",
+        help="What to do with indicators that do not fall as bits grow.",
+    ),
+]
+TimeLimitOption = Annotated[float | None, typer.Option(help="Most seconds to solve.")]
+GapOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Relative gap at which to stop; 0 proves.", show_default="0, above 200 layers 1e-6"
+    ),
+]
 WeightsOption = Annotated[
     Path, typer.Option("--weights", help="Weights of the float model (.safetensors, .pt).")
 ]
@@ -237,79 +307,183 @@ def profile(
 
 @app.command()
 def search(
-    indicators: Annotated[
-        Path, typer.Option(help="Indicator file (.json, or LIMPQ's .pkl).", show_default=False)
-    ],
-    costs: Annotated[Path | None, typer.Option(help="Cost file of `limpq profile`.")] = None,
+    indicators: IndicatorsOption,
+    costs: CostsOption = None,
     model: ModelOption = None,
     input_size: InputSizeOption = None,
     weight_bits_level: Annotated[
         int | None,
-        typer.Option(help="With --activation-bits-level: at most this uniform policy's BitOps."),
+        typer.Option(help="With --activation-bits-level: the same as --bitops w3a4."),
     ] = None,
     activation_bits_level: Annotated[int | None, typer.Option(help="See above.")] = None,
-    bitops: Annotated[
-        float | None, typer.Option(help="Most BitOps of the searchable layers, per image.")
-    ] = None,
-    size: Annotated[float | None, typer.Option(help="Most bytes of all weights.")] = None,
-    compression: Annotated[
-        float | None, typer.Option(help="Least ratio of 32-bit weights to the policy's.")
-    ] = None,
-    mean_weight_bits: Annotated[
-        float | None, typer.Option(help="Highest mean of the weight bits over the layers.")
-    ] = None,
-    mean_activation_bits: Annotated[
-        float | None, typer.Option(help="Highest mean of the activation bits over the layers.")
-    ] = None,
-    alpha: Annotated[
-        float, typer.Option(help="Weight of the weight indicators against the activations'.")
-    ] = 1.0,
-    non_monotone: Annotated[
-        str,
+    bitops: BitopsOption = None,
+    size: SizeOption = None,
+    compression: CompressionOption = None,
+    mean_weight_bits: MeanWeightBitsOption = None,
+    mean_activation_bits: MeanActivationBitsOption = None,
+    bits_per_weight: BitsPerWeightOption = None,
+    bits_per_activation: BitsPerActivationOption = None,
+    activation_memory: ActivationMemoryOption = None,
+    latency: LatencyOption = None,
+    latency_table: LatencyTableOption = None,
+    restrictions: RestrictionsOption = None,
+    tie_shared_inputs: TieSharedInputsOption = False,
+    weight_bits: WeightBitsOption = None,
+    activation_bits: ActivationBitsOption = None,
+    alpha: AlphaOption = 1.0,
+    normalise: NormaliseOption = False,
+    non_monotone: NonMonotoneOption = "forbid",
+    time_limit: TimeLimitOption = None,
+    gap: GapOption = None,
+    explain: Annotated[
+        str | None,
         typer.Option(
-            metavar="forbid|isotonic|keep",
-            help="What to do with indicators that do not fall as bits grow.",
+            metavar="LAYER",
+            help="Say why this layer got its bits, and what other limits would change.",
         ),
-    ] = "forbid",
-    time_limit: Annotated[float | None, typer.Option(help="Most seconds to search.")] = None,
-    gap: Annotated[float, typer.Option(help="Relative gap at which to stop; 0 proves.")] = 0.0,
+    ] = None,
     out: Annotated[Path, typer.Option(help="Policy file to write.")] = Path("policy.json"),
     force: ForceOption = False,
 ) -> None:
     """Find the bits of every layer within the budgets, proven optimal by integer programming.
 
-    The costs come from --costs, or from --model and --input-size.
+    The costs come from --costs, or from --model and --input-size. A budget is a number in its unit
+    (1.2e9), the level of a uniform policy (w3a4), or a share of what 8 bits use (25%).
     """
-    from .costs import Costs
-    from .search import UniformLevel
+    from .explain import check_layer
+    from .explain import explain as find_reasons
     from .search import search as find_policy
 
     _refuse_existing(out, force)
     if (weight_bits_level is None) != (activation_bits_level is None):
         raise ValueError("--weight-bits-level and --activation-bits-level go together")
-    budget: float | UniformLevel | None = bitops
-    if weight_bits_level is not None and activation_bits_level is not None:
+    if weight_bits_level is not None:
         if bitops is not None:
             raise ValueError("--bitops and --weight-bits-level both set the BitOps: give one")
-        budget = UniformLevel(weight_bits_level, activation_bits_level)
-    learned = _indicators(indicators)
-    network = Costs.load(costs) if costs is not None else _costs(model, input_size, None)
-    policy = find_policy(
-        learned,
-        network,
-        bitops=budget,
-        size=size,
-        compression=compression,
-        mean_weight_bits=mean_weight_bits,
-        mean_activation_bits=mean_activation_bits,
+        bitops = f"w{weight_bits_level}a{activation_bits_level}"
+    question = _question(
+        latency_table,
+        restrictions,
+        {
+            "bitops": bitops,
+            "size": size,
+            "compression": compression,
+            "mean_weight_bits": mean_weight_bits,
+            "mean_activation_bits": mean_activation_bits,
+            "bits_per_weight": bits_per_weight,
+            "bits_per_activation": bits_per_activation,
+            "activation_memory": activation_memory,
+            "latency": latency,
+        },
+        tie_shared_inputs=tie_shared_inputs,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
         alpha=alpha,
-        non_monotone=non_monotone,  # type: ignore[arg-type]  # search checks it and names it
+        normalise=normalise,
+        non_monotone=non_monotone,
         time_limit=time_limit,
         gap=gap,
     )
+    learned = _indicators(indicators)
+    network = _load_costs(costs, model, input_size)
+    if explain is not None:
+        check_layer(network, explain)
+    policy = find_policy(learned, network, **question)
+    reasons = None if explain is None else find_reasons(learned, network, explain, **question)
     policy.save(out)
     _print_policy(policy, network)
+    if reasons is not None:
+        print(reasons.text())
     print(f"policy: {out}")
+
+
+@app.command()
+def pareto(
+    indicators: IndicatorsOption,
+    costs: CostsOption = None,
+    model: ModelOption = None,
+    input_size: InputSizeOption = None,
+    over: Annotated[str, typer.Option(help="The budget that moves, such as bitops.")] = "bitops",
+    points: Annotated[int, typer.Option(help="How many limits.")] = 100,
+    start: Annotated[
+        str | None, typer.Option(help="Strictest limit; by default the smallest that can be kept.")
+    ] = None,
+    stop: Annotated[
+        str | None, typer.Option(help="Loosest limit; by default what no limit would use.")
+    ] = None,
+    bitops: BitopsOption = None,
+    size: SizeOption = None,
+    compression: CompressionOption = None,
+    mean_weight_bits: MeanWeightBitsOption = None,
+    mean_activation_bits: MeanActivationBitsOption = None,
+    bits_per_weight: BitsPerWeightOption = None,
+    bits_per_activation: BitsPerActivationOption = None,
+    activation_memory: ActivationMemoryOption = None,
+    latency: LatencyOption = None,
+    latency_table: LatencyTableOption = None,
+    restrictions: RestrictionsOption = None,
+    tie_shared_inputs: TieSharedInputsOption = False,
+    weight_bits: WeightBitsOption = None,
+    activation_bits: ActivationBitsOption = None,
+    alpha: AlphaOption = 1.0,
+    normalise: NormaliseOption = False,
+    non_monotone: NonMonotoneOption = "forbid",
+    time_limit: TimeLimitOption = None,
+    gap: GapOption = None,
+    out: Annotated[Path, typer.Option(help="Curve file to write.")] = Path("curve.json"),
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Table to write.", show_default="OUT with the suffix .csv"),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Find the best policies for a whole range of one budget, the others kept.
+
+    The knee is marked and uniform policies stand beside the curve. Budgets, restrictions and
+    options are those of `limpq search`.
+    """
+    from .budgets import parse_budget
+    from .pareto import pareto as find_curve
+
+    table = out.with_suffix(".csv") if table is None else table
+    _refuse_existing(out, force)
+    _refuse_existing(table, force, "--csv")
+    question = _question(
+        latency_table,
+        restrictions,
+        {
+            "bitops": bitops,
+            "size": size,
+            "compression": compression,
+            "mean_weight_bits": mean_weight_bits,
+            "mean_activation_bits": mean_activation_bits,
+            "bits_per_weight": bits_per_weight,
+            "bits_per_activation": bits_per_activation,
+            "activation_memory": activation_memory,
+            "latency": latency,
+        },
+        tie_shared_inputs=tie_shared_inputs,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        alpha=alpha,
+        normalise=normalise,
+        non_monotone=non_monotone,
+        time_limit=time_limit,
+        gap=gap,
+    )
+    curve = find_curve(
+        _indicators(indicators),
+        _load_costs(costs, model, input_size),
+        over=over,
+        points=points,
+        start=None if start is None else parse_budget("--start", start),
+        stop=None if stop is None else parse_budget("--stop", stop),
+        **question,
+    )
+    curve.save(out)
+    curve.save_csv(table)
+    print(curve.text())
+    print(f"curve: {out}, {table}")
 
 
 @app.command()
@@ -608,6 +782,34 @@ def _indicators(path: Path) -> Indicators:
     return readers.get(path.suffix, Indicators.load)(path)
 
 
+def _load_costs(
+    path: Path | None, model: str | None, input_size: tuple[int, int, int] | None
+) -> Costs:
+    from .costs import Costs
+
+    return Costs.load(path) if path is not None else _costs(model, input_size, None)
+
+
+def _question(
+    latency_table: Path | None,
+    restrictions: Path | None,
+    budgets: dict[str, str | None],
+    **options: Any,
+) -> dict[str, Any]:
+    """What the options of a search ask, as `search` takes it; options go over the file."""
+    from .budgets import parse_budget
+    from .latency import LatencyTable
+    from .recipe import load_restrictions
+
+    question: dict[str, Any] = {} if restrictions is None else load_restrictions(restrictions)
+    in_file = {name for name, value in question.items() if value}
+    question |= {name: value for name, value in options.items() if value or name not in in_file}
+    for name, text in budgets.items():
+        question[name] = None if text is None else parse_budget(name, text)
+    question["latency_table"] = None if latency_table is None else LatencyTable.load(latency_table)
+    return question
+
+
 def _costs(
     model: str | None, input_size: tuple[int, int, int] | None, recipe: Path | None
 ) -> Costs:
@@ -629,14 +831,14 @@ def _costs(
     return count(create_shapes(model), torch.zeros(1, *input_size, device="meta"))
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def _refuse_existing(path: Path, force: bool, option: str = "--out") -> None:
     """Nothing is overwritten unasked, and this is found out before the work is done."""
     if path.is_dir():
-        raise ValueError(f"--out: '{path}' is a folder")
+        raise ValueError(f"{option}: '{path}' is a folder")
     if not path.parent.is_dir():
-        raise ValueError(f"--out: the folder '{path.parent}' does not exist")
+        raise ValueError(f"{option}: the folder '{path.parent}' does not exist")
     if path.exists() and not force:
-        raise ValueError(f"--out: '{path}' exists; --force replaces it")
+        raise ValueError(f"{option}: '{path}' exists; --force replaces it")
 
 
 def _print_policy(policy: Policy, costs: Costs) -> None:
@@ -648,12 +850,18 @@ def _print_policy(policy: Policy, costs: Costs) -> None:
     for record in policy.meta.get("non_monotone_records", []):
         print("not monotone: " + ", ".join(f"{key} {value}" for key, value in record.items()))
     print(
-        f"objective {policy.objective:.9f}, bound {policy.bound:.9f}, gap {policy.gap:.1e},"
-        f" {policy.meta['seconds']:.3f} s"
+        f"objective {policy.objective:.9f}, bound {policy.bound:.9f}, gap {policy.gap:.1e}"
+        f" (stopped by: {policy.meta['stopped_by']}), {policy.meta['seconds']:.3f} s"
     )
     bits = policy.bits()
     for budget in policy.budgets:
         print(f"{budget.name}: {budget.used:,.6g} used, limit {budget.limit:,.6g}")
+    for check in policy.meta["check"]:
+        kept = "kept" if check["used"] <= check["limit"] else "BROKEN"
+        print(
+            f"checked in integers: {check['name']} {check['used']:,} <= {check['limit']:,}"
+            f" {check['unit']}: {kept}"
+        )
     print(
         f"BitOps {costs.bitops(bits) / 1e9:.3f} G, weights {costs.size_bits(bits) / 8e3:.1f} KB,"
         f" compression {float(costs.compression(bits)):.2f}"

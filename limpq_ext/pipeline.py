@@ -36,8 +36,8 @@ from .metrics import Journal, Meter, MetricsFile, Record, TensorBoard
 from .models import create_model, load_weights, save_weights
 from .policy import Policy
 from .prepare import apply_policy, prepare
-from .recipe import LevelSection, Recipe, TrainingSection, dump_recipe
-from .search import UniformLevel, search
+from .recipe import Recipe, TrainingSection, dump_recipe
+from .search import search
 from .training import (
     EpochDone,
     Recording,
@@ -167,7 +167,11 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             stage.write(lambda: session.profile().save(folder / COSTS))
     costs = from_main(lambda: Costs.load(folder / COSTS))
 
-    with stages.stage("search", [POLICY], [part["search"]], [INDICATORS, COSTS]) as stage:
+    table = recipe.search.latency_table
+    measured = [] if table is None else [str(Path(table).resolve())]
+    with stages.stage(
+        "search", [POLICY], [part["search"]], [INDICATORS, COSTS, *measured]
+    ) as stage:
         if stage.go:
             stage.write(
                 lambda: search_policy(recipe, Indicators.load(folder / INDICATORS), costs).save(
@@ -516,13 +520,7 @@ def model_for(recipe: Recipe, data: Data) -> nn.Module:
 
 def search_policy(recipe: Recipe, indicators: Indicators, costs: Costs) -> Policy:
     """The search of a recipe."""
-    options = recipe.search
-    given = {name: getattr(options, name) for name in type(options).model_fields}
-    for name in ("bitops", "size"):
-        if isinstance(given[name], LevelSection):
-            level = given[name]
-            given[name] = UniformLevel(level.weight_bits, level.activation_bits)
-    return search(indicators, costs, **given)
+    return search(indicators, costs, **recipe.search.question())
 
 
 def choose_device(name: str) -> torch.device:

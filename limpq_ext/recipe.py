@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from .bits import MAX_BITS, MIN_BITS
 from .extras import require
@@ -15,6 +15,9 @@ from .glyphs import CLASSES
 from .images import OnCorrupt, Scan
 from .sources import canonical_name
 from .transforms import Augment
+
+if TYPE_CHECKING:
+    from .problem import Question
 
 pydantic = require("pydantic", "cli")
 
@@ -130,24 +133,103 @@ class LevelSection(_Section):
     activation_bits: int = Field(3, ge=MIN_BITS, le=MAX_BITS)
 
 
-class SearchSection(_Section):
-    """Budgets and options of the search; those that are null do not limit."""
+def _read_budget(value: Any, info: Any) -> Any:
+    """A level or share that is written as text has to be one."""
+    from .budgets import parse_budget
 
-    bitops: float | LevelSection | None = Field(
-        default_factory=LevelSection,
-        union_mode="left_to_right",
-        description="BitOps, or the uniform policy whose BitOps count",
+    if isinstance(value, str):
+        parse_budget(info.field_name, value)
+    return value
+
+
+def _read_pair(value: Any) -> Any:
+    """Pairs of bits may be written as a level."""
+    from .budgets import UniformLevel, parse_budget
+
+    if isinstance(value, str):
+        level = parse_budget("pair of bits", value)
+        if not isinstance(level, UniformLevel):
+            raise ValueError(f"{value!r} is no pair of bits such as w4a8")
+        return (level.weight_bits, level.activation_bits)
+    return value
+
+
+_Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+_Pair = Annotated[tuple[_Bits, _Bits], pydantic.BeforeValidator(_read_pair)]
+_Budget = Annotated[
+    float | LevelSection | str | None,
+    Field(union_mode="left_to_right"),
+    pydantic.AfterValidator(_read_budget),
+]
+
+
+class RestrictionsSection(_Section):
+    """Which bits layers may have, by names or patterns of layers; also a file of its own."""
+
+    pairs: dict[str, tuple[_Pair, ...]] | None = Field(
+        None, description="the only pairs of bits: [[4, 8], [8, 8]] or [w4a8, w8a8]"
     )
-    size: float | LevelSection | None = Field(
-        None, union_mode="left_to_right", description="bytes of all weights, or a uniform policy"
+    fixed: dict[str, _Pair] | None = Field(None, description="given bits: [8, 8] or w8a8")
+    tied: tuple[str | tuple[str, ...], ...] = Field(
+        (), description="groups with equal bits, each a pattern or a list of patterns"
     )
-    compression: float | None = Field(None, description="least ratio to 32-bit weights")
-    mean_weight_bits: float | None = None
-    mean_activation_bits: float | None = None
+    tie_shared_inputs: bool = Field(
+        False, description="equal activation bits where layers read the same tensor"
+    )
+    min_bits: dict[str, _Bits | _Pair] | None = Field(
+        None, description="fewest bits: 4, [4, 8] or w4a8"
+    )
+    weight_bits: _Bits | None = Field(None, description="of all weights: search activations only")
+    activation_bits: _Bits | None = Field(
+        None, description="of all activations: search weights only"
+    )
+
+
+class SearchSection(RestrictionsSection):
+    """Budgets, restrictions and options of the search; what is null does not limit.
+
+    A budget is a number, the level of a uniform policy (w3a4, or weight_bits and activation_bits),
+    or a share of what 8 bits use (25%).
+    """
+
+    bitops: _Budget = Field(default_factory=LevelSection, description="BitOps")
+    size: _Budget = Field(None, description="bytes of all weights")
+    compression: _Budget = Field(None, description="least ratio to 32-bit weights")
+    mean_weight_bits: _Budget = Field(None, description="over the layers")
+    mean_activation_bits: _Budget = Field(None, description="over the layers")
+    bits_per_weight: _Budget = Field(None, description="mean over the weights")
+    bits_per_activation: _Budget = Field(None, description="mean over the layers' inputs")
+    activation_memory: _Budget = Field(None, description="bytes held at one moment, for one sample")
+    latency: _Budget = Field(None, description="seconds, by the latency table")
+    latency_table: str | None = Field(None, description="file (.json, .csv)")
     alpha: float = 1.0
+    normalise: bool = Field(False, description="normalised indicators instead of the plain sum")
     non_monotone: Literal["forbid", "isotonic", "keep"] = "forbid"
     time_limit: float | None = Field(None, description="seconds")
-    gap: float = 0.0
+    gap: float | None = Field(
+        None, description="relative gap at which to stop; null: 0, above 200 layers 1e-6"
+    )
+
+    def question(self) -> Question:
+        """The same as `search` takes it; reads the latency table.
+
+        Raises:
+            OSError: The latency table cannot be read.
+            FileFormatError: It is not one.
+        """
+        from .budgets import BUDGETS, UniformLevel, parse_budget
+        from .latency import LatencyTable
+
+        given: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        for name in BUDGETS:
+            if isinstance(given[name], LevelSection):
+                level = given[name]
+                given[name] = UniformLevel(level.weight_bits, level.activation_bits)
+            elif isinstance(given[name], str):
+                given[name] = parse_budget(name, given[name])
+        if self.latency_table is not None:
+            given["latency_table"] = LatencyTable.load(self.latency_table)
+        return given  # type: ignore[return-value]  # the fields are those of Question
 
 
 class Recipe(_Section):
@@ -226,16 +308,39 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
             reason.
     """
-    yaml = require("yaml", "cli")
     name = os.fspath(path)
-    shipped = shipped_recipes()
     file: Any = Path(path)
+    shipped = shipped_recipes()
     if name in shipped:
         file = resources.files(__package__) / "recipes" / f"{name}.yaml"
     elif not file.is_file():
         raise FileNotFoundError(
             f"recipe '{name}' does not exist: expected a file, or one of {', '.join(shipped)}"
         )
+    return make_recipe(_content(file, name), source=name)
+
+
+def load_restrictions(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read restrictions from a YAML file with the keys of `RestrictionsSection`.
+
+    Returns:
+        The restrictions as `search` takes them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
+            reason.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"restrictions file '{name}' does not exist")
+    section = _validated(RestrictionsSection, _content(Path(path), name), name)
+    return {name: getattr(section, name) for name in type(section).model_fields}
+
+
+def _content(file: Any, name: str) -> dict[str, Any]:
+    """The keys and values of a YAML file, none if it is empty; ``name`` is for the errors."""
+    yaml = require("yaml", "cli")
     try:
         content = _read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -245,7 +350,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         content = {}
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected keys and values, not {type(content).__name__}")
-    return make_recipe(content, source=name)
+    return content
 
 
 def make_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
@@ -258,8 +363,12 @@ def make_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
     Raises:
         ValueError: A key is unknown or a value is wrong; one line that names key and reason.
     """
+    return _validated(Recipe, content, source)
+
+
+def _validated(kind: Any, content: dict[str, Any], source: str) -> Any:
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

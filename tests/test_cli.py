@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,17 @@ pytest.importorskip("typer")
 import yaml
 from pictures import write_classes
 
-from limpq_ext import Costs, Indicators, JointTrainer, Policy, cli
+from limpq_ext import (
+    Costs,
+    Curve,
+    Indicators,
+    JointTrainer,
+    LatencyEntry,
+    LatencyTable,
+    Policy,
+    cli,
+)
+from limpq_ext.costs import LayerCost, LiveTensor
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMPQ_INDICATORS = ROOT.parent / "shared" / "data" / "limpq_resnet50_indicators.pkl"
@@ -112,6 +123,38 @@ def test_a_second_run_reuses_what_did_not_change(finished_run, limpq, tmp_path):
     assert code == 0
     assert "reused" not in said
     assert (out / "float.safetensors").read_bytes() == weights
+
+
+def test_a_run_searches_again_when_the_latency_table_changes(finished_run, limpq, tmp_path):
+    _, out, _ = finished_run
+    costs, copy = Costs.load(out / "costs.json"), tmp_path / "out"
+    shutil.copytree(out, copy)
+
+    def measure(seconds):
+        """A table in which every bit of the weights costs the same."""
+        entries = tuple(
+            LatencyEntry(layer.name, bw, ba, seconds * bw)
+            for layer in costs.layers
+            for bw in (2, 3, 4)
+            for ba in (2, 3, 4)
+        )
+        LatencyTable(entries).save(tmp_path / "latency.json")
+
+    measure(0.001)
+    limit = 0.003 * len(costs.layers)
+    search = {"bitops": None, "latency": limit, "latency_table": "latency.json",
+              "pairs": {"*": ["w2a4", [4, 4]]}}  # fmt: skip
+    (tmp_path / "timed.yaml").write_text(yaml.safe_dump({**SMALL, "search": search}))
+    for said_again, bits in ((False, 3), (True, 3), (False, 2)):
+        if bits == 2:
+            measure(0.0015)
+        code, said, error = limpq("run", "timed.yaml", "--out", copy)
+        assert code == 0, error
+        assert ("search: nothing it depends on has changed" in said) == said_again
+        policy = Policy.load(copy / "policy.json")
+        assert policy.mean_bits()[0] <= bits
+        assert {layer.activation_bits for layer in policy.layers} == {4}
+        assert [(b.name, b.kept) for b in policy.budgets] == [("latency", True)]
 
 
 def test_a_run_does_not_overwrite_what_it_did_not_write(finished_run, limpq, tmp_path):
@@ -304,7 +347,81 @@ def test_the_readme_example_of_a_search(limpq):
     assert policy.objective == pytest.approx(4.630866213, abs=1e-9)
     assert policy.gap == 0
     assert all(budget.kept for budget in policy.budgets)
-    assert "gap 0.0e+00" in said
+    assert "gap 0.0e+00 (stopped by: optimal)" in said
+    assert re.search(r"checked in integers: bitops [\d,]+ <= [\d,]+ BitOps: kept", said)
+
+
+def search_files():
+    """A network of two layers, its indicators, a latency table and restrictions."""
+    values = {"2": 0.4, "4": 0.2, "8": 0.1}
+    layers = [{"name": name, "weight": values, "activation": values} for name in "ab"]
+    indicators = {"format": "limpq-indicators", "version": 1, "bits": [2, 4, 8], "layers": layers,
+                  "meta": {}}  # fmt: skip
+    Path("indicators.json").write_text(json.dumps(indicators))
+    costs = tuple(LayerCost(name, "linear", 10, 10, 10) for name in "ab")
+    tensors = (LiveTensor(16, "a", 0, 1), LiveTensor(8, "b", 1, 1))
+    Costs(costs, (), shared_inputs=(("a", "b"),), tensors=tensors).save("costs.json")
+    lines = [f"{n},{w},{a},{w * a}e-3" for n in "ab" for w in (2, 4, 8) for a in (2, 4, 8)]
+    header = "layer,weight_bits,activation_bits,seconds"
+    Path("latency.csv").write_text("\n".join([header, *lines]))
+    Path("restrictions.yaml").write_text(
+        "pairs: {'*': [[4, 8], w8a8]}\nmin_bits: {b: 8}\ntied: []\nfixed: {a: w4a8}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        (("--bitops", "w4a2"), [(2, 4), (2, 4)]),  # as good, as many BitOps, smaller
+        (("--bitops", "320"), [(4, 4), (4, 4)]),
+        (("--size", "50%"), [(4, 8), (4, 8)]),
+        (("--compression", "w2a2"), [(2, 8), (2, 8)]),
+        (("--bits-per-weight", 2, "--bits-per-activation", "w8a4"), [(2, 4), (2, 4)]),
+        (("--activation-memory", 8, "--mean-weight-bits", 4), [(4, 2), (4, 2)]),
+        (("--latency", "0.032", "--latency-table", "latency.csv"), [(4, 4), (4, 4)]),
+        (("--restrictions", "restrictions.yaml"), [(4, 8), (8, 8)]),
+        (("--activation-bits", 16, "--mean-weight-bits", 4), [(4, 16), (4, 16)]),
+        (("--weight-bits", 3, "--tie-shared-inputs"), [(3, 8), (3, 8)]),
+    ],
+)
+def test_a_search_takes_budgets_and_restrictions(limpq, options, bits):
+    search_files()
+    code, said, error = limpq(*SEARCH, "indicators.json", *options)
+    assert code == 0, error
+    found = Policy.load("policy.json")
+    assert [(layer.weight_bits, layer.activation_bits) for layer in found.layers] == bits
+    assert said.count("checked in integers: ") == len(found.budgets)
+
+
+def test_a_search_says_why_a_layer_got_its_bits(limpq):
+    search_files()
+    code, said, error = limpq(*SEARCH, "indicators.json", "--bitops", "w4a4", "--explain", "a")
+    assert code == 0, error
+    assert "a: W4A4 in the optimum 0.800000000" in said
+    assert said.count("<- chosen") == 1
+    assert "shadow price" in said
+    assert Policy.load("policy.json").bits()["a"] == (4, 4)
+
+
+def test_a_curve_is_written_as_json_and_csv(limpq):
+    search_files()
+    code, said, error = limpq(
+        "pareto", "--indicators", "indicators.json", "--costs", "costs.json", "--points", 10,
+        "--over", "size", "--stop", "w8a8", "--bitops", "75%", "--restrictions",
+        "restrictions.yaml",
+    )  # fmt: skip
+    assert code == 0, error
+    curve = Curve.load("curve.json")
+    assert (curve.over, len(curve.points)) == ("size", 10)
+    assert curve.points[0].policy.budgets[0].name == "bitops"
+    table = Path("curve.csv").read_text().splitlines()
+    assert len(table) == 1 + 10 + len(curve.uniform)
+    assert table[0].startswith("policy,size_limit,size,objective,gap,knee")
+    assert "W4A8" in said
+    assert said.splitlines()[-1] == "curve: curve.json, curve.csv"
+    code, _, error = limpq("pareto", "--indicators", "indicators.json", "--costs", "costs.json")
+    assert code == 2
+    assert "--out: 'curve.json' exists" in error
 
 
 def test_the_shipped_recipes_are_listed(limpq):
@@ -370,7 +487,8 @@ def test_info_tells_the_memory_of_a_models_weight_bank(limpq):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "recipes", "indicators", "profile", "search", "finetune", "evaluate", "info"]
+    "command",
+    ["run", "recipes", "indicators", "profile", "search", "pareto", "finetune", "evaluate", "info"],
 )
 def test_help_of_every_command(limpq, command):
     code, said, _ = limpq(command, "--help")
@@ -408,6 +526,8 @@ def small_files():
     Path("model.yaml").write_text("model: {name: resnet19}\n")
     Path("data.yaml").write_text("data: {name: imagenet22k}\n")
     Path("out.json").write_text("kept")
+    Path("holes.csv").write_text("layer,weight_bits,activation_bits,seconds\na,2,2,0.1\n")
+    Path("pairs.yaml").write_text("pairs: {'*': [w4]}\n")
 
 
 SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicators")
@@ -434,6 +554,36 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         ),
         (("search", "--indicators", "indicators.json"), "give --costs, --recipe or --model"),
         (("search", "--indicators", "indicators.json", "--model", "resnet18"), "--input-size"),
+        ((*SEARCH, "indicators.json", "--size", "3 apples"), "size: '3 apples' is not a number, a"),
+        ((*SEARCH, "indicators.json", "--compression", "25%"), "takes no share of 8 bits"),
+        ((*SEARCH, "indicators.json", "--activation-memory", "25%"), "profile the network again"),
+        ((*SEARCH, "indicators.json", "--latency", "1"), "latency_table is missing"),
+        ((*SEARCH, "indicators.json", "--latency-table", "none.csv"), "none.csv"),
+        (
+            (*SEARCH, "indicators.json", "--latency", "1", "--latency-table", "holes.csv"),
+            "latency table: 3 entries are missing: 'a' at W2A4, ",
+        ),
+        ((*SEARCH, "indicators.json", "--restrictions", "key.yaml"), "learning_rate: unknown key"),
+        ((*SEARCH, "indicators.json", "--restrictions", "none.yaml"), "'none.yaml' does not exist"),
+        ((*SEARCH, "indicators.json", "--restrictions", "pairs.yaml"), "pairs.yaml: pairs.*.0: "),
+        ((*SEARCH, "indicators.json", "--weight-bits", 1), "weight_bits: 1 bits is outside"),
+        ((*SEARCH, "indicators.json", "--explain", "z"), "no searchable layer 'z'"),
+        (
+            ("pareto", "--indicators", "indicators.json", "--costs", "costs.json", "--over", "x"),
+            "there is no budget 'x'",
+        ),
+        (
+            (
+                "pareto",
+                "--indicators",
+                "indicators.json",
+                "--costs",
+                "costs.json",
+                "--csv",
+                "out.json",
+            ),
+            "--csv: 'out.json' exists; --force",
+        ),
         ((*SEARCH, "indicators.json", "--out", "out.json"), "'out.json' exists; --force"),
         (
             ("profile", "--out", "new.json", "--model", "resnet19", "--input-size", 3, 8, 8),

@@ -1,16 +1,23 @@
+import inspect
+from fractions import Fraction
+
 import pytest
 
 pytest.importorskip("pydantic")
 
+from limpq_ext.latency import LatencyEntry, LatencyTable
+from limpq_ext.problem import Question
 from limpq_ext.recipe import (
     Recipe,
     dump_recipe,
     load_recipe,
+    load_restrictions,
     make_recipe,
     override,
     parse_assignment,
     shipped_recipes,
 )
+from limpq_ext.search import of_8bit, search, uniform
 
 
 def test_a_recipe_survives_being_written(tmp_path):
@@ -19,6 +26,74 @@ def test_a_recipe_survives_being_written(tmp_path):
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def everything():
+    return {
+        "bitops": "w3a4",
+        "size": "50%",
+        "compression": {"weight_bits": 4},
+        "mean_weight_bits": 4.5,
+        "bits_per_weight": "5",
+        "activation_memory": 1e6,
+        "latency": "1.5e-3",
+        "latency_table": "latency.csv",
+        "pairs": {"*": [[4, 8], "w8a8"]},
+        "fixed": {"conv*": "w8a8"},
+        "tied": ["block1", ["a", "b"]],
+        "tie_shared_inputs": True,
+        "min_bits": {"a": 4, "b": [4, 8], "c": "w4a8"},
+        "activation_bits": 8,
+        "normalise": True,
+        "time_limit": 60,
+        "gap": 1e-4,
+    }
+
+
+def test_a_recipe_can_ask_for_every_budget_and_restriction(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latency.csv").write_text(
+        "layer,weight_bits,activation_bits,seconds\na,4,8,0.001\n"
+    )
+    recipe = make_recipe({"search": everything()})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    question = recipe.search.question()
+    assert set(question) == Question.__annotations__.keys()
+    assert question["latency_table"] == LatencyTable((LatencyEntry("a", 4, 8, 0.001),),
+                                                     {"source": "latency.csv"})  # fmt: skip
+    expected = {
+        "bitops": uniform(3, 4),
+        "size": of_8bit(Fraction(1, 2)),
+        "compression": uniform(4, 3),
+        "bits_per_weight": 5,
+        "latency": 1.5e-3,
+        "mean_activation_bits": None,
+        "pairs": {"*": ((4, 8), (8, 8))},
+        "fixed": {"conv*": (8, 8)},
+        "tied": ("block1", ("a", "b")),
+        "min_bits": {"a": 4, "b": (4, 8), "c": (4, 8)},
+    }
+    assert {name: question[name] for name in expected} == expected
+
+
+def test_search_and_its_question_take_the_same():
+    options = inspect.signature(search).parameters
+    assert set(options) - {"indicators", "costs"} == Question.__annotations__.keys()
+
+
+def test_restrictions_can_be_a_file_of_their_own(tmp_path):
+    path = tmp_path / "restrictions.yaml"
+    path.write_text("pairs: {'layer1.*': [[4, 8]]}\ntied: [layer2]\n")
+    found = load_restrictions(path)
+    assert found["pairs"] == {"layer1.*": ((4, 8),)}
+    assert found["tied"] == ("layer2",)
+    assert found["weight_bits"] is None
+    path.write_text("bitops: 3\n")
+    with pytest.raises(ValueError, match=r"restrictions\.yaml: bitops: unknown key"):
+        load_restrictions(path)
+    with pytest.raises(FileNotFoundError, match=r"restrictions file .* does not exist"):
+        load_restrictions(tmp_path / "none.yaml")
 
 
 def test_an_empty_file_is_the_default_recipe(tmp_path):
@@ -41,6 +116,12 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
         ({"bits": []}, "recipe: bits: .*bits is empty"),
         ({"bits": "all"}, "recipe: bits: "),
         ({"search": {"non_monotone": "ignore"}}, "recipe: search.non_monotone: .*forbid"),
+        ({"search": {"size": "big"}}, "recipe: search.size: .*'big' is not a number, a level"),
+        ({"search": {"size": "w1a4"}}, "recipe: search.size: .*outside 2 to 16"),
+        ({"search": {"fixed": {"a": "8"}}}, "recipe: search.fixed.a: .*no pair of bits"),
+        ({"search": {"pairs": {"a": [[4]]}}}, "recipe: search.pairs.a.0"),
+        ({"search": {"min_bits": {"a": 1}}}, "recipe: search.min_bits.a"),
+        ({"search": {"weight_bits": 17}}, "recipe: search.weight_bits: .*less than or equal"),
         ({"baseline": {"weight_bits": 32}}, "recipe: baseline.weight_bits: "),
         ({"data": {"name": "imagenet22k"}}, "recipe: data.name: .*unknown data set 'imagenet22k'"),
         ({"data": {"fraction": 0}}, "recipe: data.fraction: .*greater than 0"),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 import time
 from decimal import Decimal
@@ -14,14 +14,25 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_cases import (
+    BUDGETS,
+    LIMITS,
+    allowed,
+    best_policy,
+    latency_tables,
+    problems,
+    restrictions,
+    uses,
+    within,
+)
 
 from limpq_ext.costs import Costs, LayerCost
 from limpq_ext.indicators import Indicators, LayerIndicators
 from limpq_ext.policy import Policy
-from limpq_ext.search import InfeasibleError, UniformLevel, search, uniform
+from limpq_ext.problem import make_problem
+from limpq_ext.search import UniformLevel, of_8bit, search, uniform
 
 PUBLISHED = Path(__file__).parents[2] / "shared/data/limpq_resnet50_indicators.pkl"
-BUDGETS = ("bitops", "size", "compression", "mean_weight_bits", "mean_activation_bits")
 
 
 def resnet50_costs() -> Costs:
@@ -80,112 +91,62 @@ def test_the_published_indicators_of_resnet50_give_the_known_optimum():
 # ------------------------------------------------------------------ against every possible policy
 
 
-@st.composite
-def problems(draw, largest=12):
-    bits = tuple(sorted(draw(st.sets(st.integers(2, 8), min_size=2, max_size=3))))
-    count = draw(st.integers(2, 4 if len(bits) == 2 else 3))
-    names = [f"layer{i}" for i in range(count)]
-    value = st.integers(1, 50).map(lambda n: n / 64)
-
-    def values():
-        return {b: draw(value) for b in bits}
-
-    def cost(name):
-        small = st.integers(0, largest)
-        return LayerCost(name, "linear", draw(small), draw(small), draw(small))
-
-    layers = tuple(LayerIndicators(name, values(), values()) for name in names)
-    # one weight at least, so that there is something to compress
-    fixed = (LayerCost("first", "conv2d", 7, draw(st.integers(1, largest)), 3),)
-    return Indicators(bits, layers), Costs(tuple(map(cost, names)), fixed)
-
-
-def brute_force(indicators, costs, alpha, keeps):
-    """The smallest objective of all policies that keep the budgets, None if there is none."""
-    _, records = indicators.monotone("forbid")
-    forbidden = {(r.layer, r.kind, r.bits) for r in records}
-    columns = [
-        [
-            (bw, ba, layer.activation[ba] + alpha * layer.weight[bw])
-            for bw, ba in itertools.product(indicators.bits, repeat=2)
-            if (layer.name, "weight", bw) not in forbidden
-            and (layer.name, "activation", ba) not in forbidden
-        ]
-        for layer in indicators.layers
-    ]
-    best = None
-    for chosen in itertools.product(*columns):
-        objective = math.fsum(value for _, _, value in chosen)
-        if best is not None and objective >= best:
-            continue
-        names = (layer.name for layer in costs.layers)
-        bits = {name: (bw, ba) for name, (bw, ba, _) in zip(names, chosen, strict=True)}
-        if keeps(bits):
-            best = objective
-    return best
-
-
-def keeps(costs, limits):
-    """Whether an assignment keeps the limits, written down once more and in fractions."""
-    exact = {name: Fraction(str(limit)) for name, limit in limits.items()}
-
-    def check(bits):
-        used = {
-            "bitops": costs.bitops(bits),
-            "size": Fraction(costs.size_bits(bits), 8),
-            "compression": -costs.compression(bits),
-            "mean_weight_bits": costs.mean_bits(bits)[0],
-            "mean_activation_bits": costs.mean_bits(bits)[1],
-        }
-        return all(used[n] <= (-v if n == "compression" else v) for n, v in exact.items())
-
-    return check
-
-
-def check_against_brute_force(indicators, costs, limits, alpha):
-    check = keeps(costs, limits)
-    best = brute_force(indicators, costs, alpha, check)
+def check_against_brute_force(
+    indicators, costs, limits, alpha=1.0, table=None, *, ties=True, **question
+):
+    best = best_policy(indicators, costs, question, limits, alpha, table)
+    given = {**question, **limits, "alpha": alpha}
+    if "latency" in limits:
+        given["latency_table"] = table
     if best is None:
-        with pytest.raises(InfeasibleError) as caught:
-            search(indicators, costs, alpha=alpha, **limits)
-        # the smallest values are the right ones: they can be asked for, all at once
-        assert set(caught.value.conflict) <= set(limits)
-        reachable = {**limits, **caught.value.smallest}
-        assert search(indicators, costs, alpha=alpha, **reachable).gap == 0
-    else:
-        policy = search(indicators, costs, alpha=alpha, **limits)
-        assert policy.objective == pytest.approx(best, rel=1e-12)
-        assert policy.gap == 0
-        assert check(policy.bits())
-        assert all(budget.kept for budget in policy.budgets)
-        assert {b.name: b.limit for b in policy.budgets} == limits
-
-
-LIMITS = {
-    "bitops": st.integers(1, 900),
-    "size": st.integers(1, 320).map(lambda n: n / 8),
-    "compression": st.integers(30, 160).map(lambda n: n / 10),
-    "mean_weight_bits": st.integers(20, 80).map(lambda n: n / 10),
-    "mean_activation_bits": st.integers(20, 80).map(lambda n: n / 10),
-}
+        with pytest.raises(ValueError):  # a contradiction, or no policy
+            search(indicators, costs, **given)
+        return
+    objective, bitops, size, _ = best
+    policy = search(indicators, costs, **given)
+    bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in policy.layers}
+    used = uses(costs, bits, table)
+    assert policy.objective == pytest.approx(objective, rel=1e-12)
+    assert policy.gap == 0
+    assert policy.meta["stopped_by"] == "optimal"
+    assert allowed(costs, bits, {**question, **limits})
+    assert {budget.name: budget.limit for budget in policy.budgets} == limits
+    for budget in policy.budgets:
+        assert budget.kept
+        assert within(budget.name, used[budget.name], limits[budget.name])
+        assert budget.used == pytest.approx(float(used[budget.name]), rel=1e-15)
+    # of equally good policies the one with fewer BitOps, then the smaller one
+    assert not ties or (used["bitops"], used["size"]) == (bitops, size)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(), data=st.data(), alpha=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
 def test_one_budget_gives_the_brute_force_optimum(budget, problem, data, alpha):
+    table = data.draw(latency_tables(problem[1], problem[0].bits)) if budget == "latency" else None
     limits = {budget: data.draw(LIMITS[budget])}
-    check_against_brute_force(*problem, limits, alpha)
-
-
-@settings(max_examples=150, deadline=None)
-@given(problem=problems(), data=st.data(), alpha=st.sampled_from([0.5, 1.0, 2.0]))
-def test_all_budgets_together_give_the_brute_force_optimum(problem, data, alpha):
-    limits = {name: data.draw(limit) for name, limit in LIMITS.items()}
-    check_against_brute_force(*problem, limits, alpha)
+    check_against_brute_force(*problem, limits, alpha, table)
 
 
 @settings(max_examples=100, deadline=None)
+@given(problem=problems(), data=st.data(), alpha=st.sampled_from([0.5, 1.0, 2.0]))
+def test_many_budgets_together_give_the_brute_force_optimum(problem, data, alpha):
+    names = data.draw(st.sets(st.sampled_from(BUDGETS), min_size=2))
+    limits = {name: data.draw(LIMITS[name]) for name in BUDGETS if name in names}
+    table = data.draw(latency_tables(problem[1], problem[0].bits)) if "latency" in names else None
+    check_against_brute_force(*problem, limits, alpha, table)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), data=st.data(), alpha=st.sampled_from([0.0, 1.0]))
+def test_restrictions_and_budgets_give_the_brute_force_optimum(problem, data, alpha):
+    question = data.draw(restrictions(*problem))
+    names = data.draw(st.sets(st.sampled_from(BUDGETS), max_size=2)) - {"latency"}
+    limits = {name: data.draw(LIMITS[name]) for name in BUDGETS if name in names}
+    check_against_brute_force(*problem, limits, alpha, **question)
+
+
+@settings(max_examples=60, deadline=None)
 @given(problem=problems(largest=2**52), data=st.data())
 def test_a_limit_is_kept_to_the_last_bitop_where_floats_cannot_see_it(problem, data):
     indicators, costs = problem
@@ -193,13 +154,14 @@ def test_a_limit_is_kept_to_the_last_bitop_where_floats_cannot_see_it(problem, d
     policy = {layer.name: (data.draw(values), data.draw(values)) for layer in costs.layers}
     limit = costs.bitops(policy) + data.draw(st.sampled_from([-1, 0, 1]))
     if limit > 0:
-        check_against_brute_force(indicators, costs, {"bitops": limit}, 1.0)
+        # floats cannot see which of two equally good policies has the fewer BitOps either
+        check_against_brute_force(indicators, costs, {"bitops": limit}, ties=False)
 
 
 @settings(max_examples=30, deadline=None)
 @given(problem=problems())
 def test_without_a_budget_every_layer_gets_its_best_bits(problem):
-    check_against_brute_force(*problem, {}, 1.0)
+    check_against_brute_force(*problem, {})
 
 
 # ------------------------------------------------------------------------------------- by example
@@ -215,16 +177,97 @@ def example(count=3, bits=(2, 3, 4)):
 
 def test_a_uniform_level_is_what_the_uniform_policy_uses():
     indicators, costs = example()
-    policy = search(indicators, costs, bitops=uniform(3, 4), size=UniformLevel(3, 4))
-    assert [(b.name, b.limit) for b in policy.budgets] == [("bitops", 303 * 12), ("size", 16.25)]
+    policy = search(
+        indicators,
+        costs,
+        bitops=uniform(3, 4),
+        size=UniformLevel(3, 4),
+        compression=uniform(4, 2),
+        mean_weight_bits=uniform(3, 4),
+        bits_per_activation=uniform(3, 4),
+    )
+    assert [(b.name, b.limit) for b in policy.budgets] == [
+        ("bitops", 303 * 12),
+        ("size", 16.25),
+        ("compression", 7.0),
+        ("mean_weight_bits", 3),
+        ("bits_per_activation", 4),
+    ]
+    assert all(budget.kept for budget in policy.budgets)
+
+
+def test_a_share_of_8_bits_is_that_share_of_the_uniform_8_bit_policy():
+    indicators, costs = example()
+    policy = search(
+        indicators, costs, bitops=of_8bit(0.1), size=of_8bit(Decimal("0.5")), mean_weight_bits=3
+    )
+    assert [(b.name, b.limit) for b in policy.budgets] == [
+        ("bitops", 303 * 64 // 10),
+        ("size", 17.5),
+        ("mean_weight_bits", 3),
+    ]
+    with pytest.raises(ValueError, match="compression is a ratio and takes no share of 8 bits"):
+        search(indicators, costs, compression=of_8bit(0.5))
+
+
+def test_normalised_indicators_are_searched_where_they_are_asked_for():
+    indicators, costs = example()
+    odd = tuple(
+        dataclasses.replace(layer, weight={b: 50 * v for b, v in layer.weight.items()})
+        for layer in indicators.layers
+    )
+    indicators = dataclasses.replace(indicators, layers=odd)
+    policy = search(indicators, costs, bitops=uniform(3, 3), normalise=True)
+    expected = search(indicators.normalised(), costs, bitops=uniform(3, 3))
+    assert (policy.layers, policy.objective) == (expected.layers, expected.objective)
+    assert policy.meta["normalised"]
+    assert policy.objective != search(indicators, costs, bitops=uniform(3, 3)).objective
+
+
+def test_up_to_200_layers_are_solved_to_a_gap_of_zero_and_more_to_a_millionth():
+    assert make_problem(*example(200)).gap == 0
+    assert make_problem(*example(201)).gap == 1e-6
+    assert make_problem(*example(201), gap=0).gap == 0
+
+
+@pytest.mark.parametrize("gap", [None, 0.05])
+def test_the_result_says_what_ended_the_search(gap):
+    indicators, costs = example(count=30)
+    policy = search(indicators, costs, bitops=uniform(3, 3), gap=gap)
+    assert policy.meta["stopped_by"] == "optimal" or (gap and policy.meta["stopped_by"] == "gap")
+    assert policy.gap <= (gap or 0)
+
+
+def test_equal_policies_are_told_apart_by_bitops_and_then_by_size():
+    flat = {2: 0.5, 3: 0.5}
+    layers = tuple(LayerIndicators(name, flat, flat) for name in "abc")
+    costs = Costs(
+        (
+            LayerCost("a", "linear", 10, 10, 5),
+            LayerCost("b", "linear", 0, 10, 5),
+            LayerCost("c", "linear", 0, 0, 5),
+        ),
+        (),
+    )
+    assert search(Indicators((2, 3), layers), costs).bits()["a"] == (2, 2)
+    assert search(Indicators((2, 3), layers), costs).bits()["b"][0] == 2
+
+
+def test_a_search_with_nothing_to_choose_is_answered():
+    value = {4: 0.5}
+    indicators = Indicators((4,), (LayerIndicators("a", value, value),))
+    costs = Costs((LayerCost("a", "linear", 2, 3, 4),), ())
+    policy = search(indicators, costs, bitops=32, size=1.5, alpha=0)
+    assert policy.bits() == {"a": (4, 4)}
+    assert (policy.objective, policy.gap) == (0.5, 0)
 
 
 def test_the_check_in_whole_units_is_reported():
     indicators, costs = example()
     policy = search(indicators, costs, compression=8.5)
     (check,) = policy.meta["check"]
-    assert check["limit"] == math.floor(32 * 35 / Fraction("8.5")) - 40
-    assert check["used"] == costs.size_bits(policy.bits()) - 40
+    assert check["limit"] == math.floor(32 * 35 / Fraction("8.5"))
+    assert check["used"] == costs.size_bits(policy.bits())
     assert policy.meta["solver"].startswith("HiGHS ")
     assert policy.meta["seconds"] > 0
 
@@ -324,12 +367,6 @@ def test_a_budget_that_is_no_number_is_refused(budget, value):
         search(*example(), **{budget: value})
 
 
-@pytest.mark.parametrize("budget", ["compression", "mean_weight_bits", "mean_activation_bits"])
-def test_a_uniform_level_is_for_bitops_and_size_only(budget):
-    with pytest.raises(TypeError, match=f"{budget} must be a number, got UniformLevel"):
-        search(*example(), **{budget: uniform(3, 4)})
-
-
 @pytest.mark.parametrize(("weight", "activation"), [(1, 4), (4, 17)])
 def test_a_uniform_level_outside_2_to_16_bits_is_refused(weight, activation):
     with pytest.raises(ValueError, match=r"uniform level, .* outside 2 to 16"):
@@ -344,9 +381,15 @@ def test_alpha_and_gap_have_to_be_finite_and_not_negative(value):
 
 
 def test_an_alpha_that_overflows_is_refused():
-    layer = LayerIndicators("layer0", {2: 200.0, 3: 100.0}, {2: 2.0, 3: 1.0})
-    with pytest.raises(ValueError, match=r"alpha 1e\+308 is too large"):
-        search(Indicators((2, 3), (layer,)), example(count=1)[1], alpha=1e308)
+    layer = LayerIndicators("layer0", {2: 2e10, 3: 1e10}, {2: 2.0, 3: 1.0})
+    with pytest.raises(ValueError, match=r"alpha 1e\+300 is too large"):
+        search(Indicators((2, 3), (layer,)), example(count=1)[1], alpha=1e300)
+
+
+@pytest.mark.parametrize("value", [1e-320, Decimal("1e-999999"), 10**301])
+def test_a_number_out_of_all_range_is_refused(value):
+    with pytest.raises(ValueError, match="size must be between 1e-300 and 1e300"):
+        search(*example(), size=value)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan])
@@ -373,19 +416,47 @@ def test_no_weights_cannot_be_compressed():
         search(indicators, Costs((LayerCost("layer0", "linear", 1, 0, 1),), ()), compression=2)
 
 
-def test_impossible_budgets_are_named_with_what_is_possible():
-    indicators, costs = example()
-    with pytest.raises(InfeasibleError) as caught:
-        search(indicators, costs, bitops=1000, size=1, compression=12, mean_weight_bits=2)
-    assert caught.value.conflict == ("bitops", "size", "compression")
-    assert caught.value.smallest["bitops"] == 303 * 4
-    assert caught.value.smallest["size"] == 100 / 8
-    assert caught.value.smallest["compression"] == pytest.approx(32 * 35 / 100)
-    message = str(caught.value)
-    assert "bitops <= 1000 (the smallest that can be kept is 1212)" in message
-    assert "compression >= 12 (the largest that can be kept is 11.2)" in message
+@st.composite
+def questions(draw, names, bits):
+    """Questions that may be wrong in any way."""
+    odd = st.sampled_from([0, -1, math.nan, math.inf, -math.inf, "3", True, 10**400, 1e-310, [3]])
+    number = st.one_of(st.floats(0.5, 1000), st.integers(1, 2000), odd)
+    level = st.one_of(
+        number,
+        st.tuples(st.sampled_from(bits), st.sampled_from(bits)).map(lambda b: uniform(*b)),
+        st.sampled_from([0.001, 0.3, 1, 5]).map(of_8bit),
+    )
+    limits = draw(st.dictionaries(st.sampled_from(BUDGETS[:-1]), level, max_size=3))
+    pattern = st.sampled_from([*names, "*", "block0", "nothing", "first"])
+    bit = st.sampled_from([*bits, *bits, 1, 9, 17, 2.5])
+    pair = st.tuples(bit, bit)
+    rules = st.fixed_dictionaries(
+        {},
+        optional={
+            "pairs": st.dictionaries(pattern, st.lists(pair, max_size=3), max_size=2),
+            "fixed": st.dictionaries(pattern, pair, max_size=2),
+            "min_bits": st.dictionaries(pattern, st.one_of(bit, pair), max_size=2),
+            "tied": st.lists(st.lists(pattern, max_size=3), max_size=2),
+            "tie_shared_inputs": st.booleans(),
+            "weight_bits": bit,
+            "gap": st.sampled_from([0, 0.01, -1, math.nan]),
+            "time_limit": st.sampled_from([60, 0, math.inf]),
+        },
+    )
+    return limits, draw(rules)
 
 
-def test_a_fixed_part_above_the_size_is_impossible():
-    with pytest.raises(InfeasibleError, match="size <= 4 "):
-        search(*example(), size=4)
+@settings(max_examples=200, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_any_question_gets_a_clear_error_or_a_proven_answer(problem, data):
+    indicators, costs = problem
+    limits, rules = data.draw(questions([layer.name for layer in costs.layers], indicators.bits))
+    try:
+        policy = search(indicators, costs, **limits, **rules)
+    except (ValueError, TypeError):  # anything else fails here
+        return
+    given = {budget.name: budget.limit for budget in policy.budgets}
+    question = {name: rule for name, rule in rules.items() if name not in ("gap", "time_limit")}
+    best = best_policy(indicators, costs, question, given, 1.0)
+    assert policy.objective == pytest.approx(best[0], rel=1e-12 + rules.get("gap", 0))
+    assert policy.bound <= best[0] * (1 + 1e-12)
