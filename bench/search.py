@@ -17,11 +17,16 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from limpq_ext.costs import FLOAT_BITS, Costs, profile
 from limpq_ext.ilp import Program, Row, minimise
+from limpq_ext.indicators import Indicators, LayerIndicators
+from limpq_ext.models import create_shapes
 
 from .report import OURS, Result, contention, markdown, show_seconds
 from .timing import Contender, OtherProcesses, Turns, compare_samples
@@ -84,20 +89,42 @@ def _limited(costs: np.ndarray, share: float) -> Row:
 
 def resnet50(indicators: Path) -> Problem:
     """LIMPQ's published indicators under the BitOps of W3A4 and a compression of 12.2."""
-    from limpq_ext.costs import FLOAT_BITS
-    from limpq_ext.indicators import Indicators
-    from tests.test_search import resnet50_costs
-
-    costs = resnet50_costs()
     usable, records = Indicators.from_limpq(indicators).monotone("forbid")
     forbidden = {(r.layer, r.kind, r.bits) for r in records if r.action == "forbidden"}
-    by_name = {layer.name: layer for layer in usable.layers}
+    return _network("resnet50", usable, forbidden, 3 * 4, Fraction(122, 10))
+
+
+def resnet18() -> Problem:
+    """Random indicators that fall with the bits, under the BitOps of W3A3 and compression 10."""
+    generator = np.random.default_rng(0)
+    layers = []
+    for layer in _profiled("resnet18").layers:
+        weight, activation = np.exp(generator.normal(-3, 1, (2, 1))) * generator.random((2, 5))
+        both = (dict(zip(BITS, sorted(v, reverse=True), strict=True)) for v in (weight, activation))
+        layers.append(LayerIndicators(layer.name, *both))
+    return _network("resnet18", Indicators(BITS, tuple(layers)), set(), 3 * 3, Fraction(10))
+
+
+def _profiled(name: str) -> Costs:
+    return profile(create_shapes(name), torch.zeros(1, 3, 224, 224, device="meta"))
+
+
+def _network(
+    name: str,
+    indicators: Indicators,
+    forbidden: set[tuple[str, str, int]],
+    uniform: int,
+    compression: Fraction,
+) -> Problem:
+    """A network of torchvision at 224x224 under BitOps and compression, alpha 2."""
+    costs = _profiled(name)
+    by_name = {layer.name: layer for layer in indicators.layers}
     values, operations, sizes = [], [], []
     for cost in costs.layers:
         layer = by_name[cost.name]
         pairs = [
             (w, a)
-            for w, a in itertools.product(usable.bits, repeat=2)
+            for w, a in itertools.product(indicators.bits, repeat=2)
             if (cost.name, "weight", w) not in forbidden
             and (cost.name, "activation", a) not in forbidden
         ]
@@ -105,9 +132,9 @@ def resnet50(indicators: Path) -> Problem:
         operations.append([cost.macs * w * a for w, a in pairs])
         sizes.append([cost.weights * w for w, _ in pairs])
     fixed = costs.fixed_bits * sum(layer.weights for layer in costs.fixed)
-    room = math.floor(FLOAT_BITS * costs.all_weights * 10 / 122) - fixed
-    uniform = sum(cost.macs for cost in costs.layers) * 3 * 4
-    return values, [Row(operations, uniform), Row(sizes, room)]
+    room = math.floor(FLOAT_BITS * costs.all_weights / compression) - fixed
+    limit = sum(cost.macs for cost in costs.layers) * uniform
+    return values, [Row(operations, limit), Row(sizes, room)]
 
 
 def cases(indicators: Path | None = None) -> list[SearchCase]:
@@ -115,7 +142,7 @@ def cases(indicators: Path | None = None) -> list[SearchCase]:
     bits, independent = layers_of_bits, independent_choices
     partial = functools.partial
     found = [
-        SearchCase("18 ordered, 2 rows", partial(bits, 0, 18, 2), 0.02),
+        SearchCase("ResNet-18, random indicators", resnet18, 0.02),
         SearchCase("100 ordered, 2 rows", partial(bits, 0, 100, 2), 0.3),
         SearchCase("100 ordered, 2 rows, another", partial(bits, 1, 100, 2), 0.3),
         SearchCase("100 shuffled, 2 rows", partial(independent, 0, 100, 2), 0.3),
@@ -147,8 +174,10 @@ def cbc(values: list[list[float]], rows: list[Row]) -> list[int]:
     problem += pulp.lpDot(itertools.chain.from_iterable(values), flat)
     for group in taken:
         problem += pulp.lpSum(group) == 1
-    for row in rows:
-        problem += pulp.lpDot(itertools.chain.from_iterable(row.costs), flat) <= row.limit
+    for row in rows:  # in units of a millionth of the limit: larger numbers cost it the optimum
+        unit = row.limit / 10**6
+        costs = [cost / unit for cost in itertools.chain.from_iterable(row.costs)]
+        problem += pulp.lpDot(costs, flat) <= row.limit / unit
     problem.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0, threads=1))
     return [max(range(len(group)), key=lambda i: group[i].value()) for group in taken]
 
