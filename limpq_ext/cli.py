@@ -265,7 +265,9 @@ def indicators(
         with process_group(choose_device(given.device)):
             session = Session(given)
             model = session.float_model(weights)
-            settings = given.model_dump(mode="json", include={"seed", "model", "bits", "joint"})
+            settings = given.model_dump(
+                mode="json", include={"seed", "model", "quantization", "bits", "joint"}
+            )
             settings |= {"data": session.data_key(), "fraction": given.data.fraction}
             with _beside(out, given, settings, weights=weights) as recording:
                 if calibrate is not None:
@@ -525,7 +527,9 @@ def finetune(
     with process_group(choose_device(given.device)):
         session = Session(given)
         model = session.float_model(weights)
-        settings = given.model_dump(mode="json", include={"seed", "model", "finetune"})
+        settings = given.model_dump(
+            mode="json", include={"seed", "model", "quantization", "finetune"}
+        )
         settings["data"] = session.data_key()
         inputs = {"weights": weights, "policy": policy}
         if joint_weights is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,21 +138,29 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     from_main(lambda: write_json(folder / DATA, session.data.record))
     part = recipe.model_dump(mode="json")
     common = {"seed": part["seed"], "model": part["model"], "data": session.data_key()}
+    quantized = [common, part["quantization"]]
     skipped = session.data.record.get("skipped", {})
     if skipped:
         first, reason = next(iter(skipped.items()))
         reporter.say(f"data: images left out: {len(skipped)}, the first: {first}: {reason}")
 
-    with stages.stage("float", [FLOAT_WEIGHTS], [common, part["float_training"]]) as stage:
+    given = recipe.model.weights
+    files = [str(Path(given).resolve())] if given is not None and _is_file(given) else []
+    training = part["float_training"] if given is None else None
+    with stages.stage("float", [FLOAT_WEIGHTS], [common, training], files) as stage:
         if stage.go:
-            with reporter.stage("training the float network") as on_step:
-                model = session.train_float(on_step, None, stage.recording)
+            if given is not None:
+                reporter.say(f"the float network has the weights {given}")
+                model = session.given_float()
+            else:
+                with reporter.stage("training the float network") as on_step:
+                    model = session.train_float(on_step, None, stage.recording)
             stage.write(lambda: save_weights(model, folder / FLOAT_WEIGHTS))
 
     with stages.stage(
         "indicators",
         [INDICATORS, JOINT_WEIGHTS],
-        [common, part["data"]["fraction"], part["bits"], part["joint"]],
+        [*quantized, part["data"]["fraction"], part["bits"], part["joint"]],
         [FLOAT_WEIGHTS],
     ) as stage:
         if stage.go:
@@ -162,7 +171,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             stage.write(lambda: save_weights(prepared, folder / JOINT_WEIGHTS))
             stage.write(lambda: indicators.save(folder / INDICATORS))
 
-    with stages.stage("profile", [COSTS], [common]) as stage:
+    with stages.stage("profile", [COSTS], quantized) as stage:
         if stage.go:
             stage.write(lambda: session.profile().save(folder / COSTS))
     costs = from_main(lambda: Costs.load(folder / COSTS))
@@ -181,7 +190,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     policy = from_main(lambda: Policy.load(folder / POLICY))
 
     joint = recipe.finetune.init == "joint"
-    tuned = [common, part["finetune"], part["bits"] if joint else None]
+    tuned = [*quantized, part["finetune"], part["bits"] if joint else None]
     start = [FLOAT_WEIGHTS, JOINT_WEIGHTS] if joint else [FLOAT_WEIGHTS]
     joint_weights = folder / JOINT_WEIGHTS if joint else None
     with stages.stage("finetune", [FINETUNED], tuned, [*start, POLICY]) as stage:
@@ -292,6 +301,29 @@ class Session:
         broadcast_state(model)
         return model
 
+    def given_float(self) -> nn.Module:
+        """The float model with the weights that the recipe names, on the device.
+
+        Raises:
+            FileNotFoundError: They are a file that does not exist.
+            FileFormatError: They are not of this model.
+            ConnectionError: They could not be downloaded.
+        """
+        weights = self.recipe.model.weights
+        assert weights is not None
+        if _is_file(weights):
+            return self.float_model(Path(weights))
+        model = self.create_model()
+
+        def download() -> None:
+            published = model_for(self.recipe, self.data, weights=weights)
+            model.load_state_dict(published.state_dict())
+
+        from_main(download)
+        model.to(self.device)
+        broadcast_state(model)
+        return model
+
     def train_float(
         self,
         on_step: StepDone | None,
@@ -364,12 +396,30 @@ class Session:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """A float model with the recipe's candidate bits, on the device."""
-        prepared = prepare(model, self.recipe.bits, example_input=self.example_input())
+        options = self.recipe.quantization
+        prepared = prepare(
+            model,
+            self.recipe.bits,
+            example_input=self.example_input(),
+            fixed=options.fixed,
+            exclude=options.exclude,
+            **self._quantizers(),
+        )
         return prepared.to(self.device)
+
+    def quantize(self, model: nn.Module, policy: Policy) -> nn.Module:
+        """A float or prepared model at the bits of a policy."""
+        return apply_policy(model, policy, **self._quantizers())
 
     def profile(self) -> Costs:
         """The costs of the model."""
-        return profile(self.create_model(), self.example_input())
+        options = self.recipe.quantization
+        return profile(
+            self.create_model(),
+            self.example_input(),
+            fixed=options.fixed,
+            exclude=options.exclude,
+        )
 
     def finetune_policy(
         self,
@@ -397,7 +447,7 @@ class Session:
             start = self.prepare(model)
             from_main(lambda: load_weights(start, joint_weights))
             broadcast_state(start)
-        quantized = apply_policy(start, policy).to(self.device)
+        quantized = self.quantize(start, policy).to(self.device)
         options = self.recipe.finetune
         teacher = model if options.distill_weight else None
         self._finetune(quantized, options, on_step, on_epoch, recording, teacher)
@@ -417,10 +467,10 @@ class Session:
         if policy is None or calibrate_batches:
             model = self.float_model(weights)
             if policy is not None:
-                model = apply_policy(model, policy).to(self.device)
+                model = self.quantize(model, policy).to(self.device)
                 calibrate(model, self._some_batches(calibrate_batches))
             return model
-        model = apply_policy(self.create_model(), policy)
+        model = self.quantize(self.create_model(), policy)
         from_main(lambda: load_weights(model, weights))
         model.to(self.device)
         broadcast_state(model)
@@ -460,6 +510,12 @@ class Session:
         """The first training batches of the joint stage, whatever the number of processes."""
         loader = self._train_loader(self.recipe.joint, self.recipe.data.fraction)
         return list(itertools.islice(batches_of_epoch(loader, 0), count))
+
+    def _quantizers(self) -> dict[str, Any]:
+        options = self.recipe.quantization.model_dump(exclude={"fixed", "exclude"})
+        if options["scale_max"] is None:
+            options["scale_max"] = math.inf
+        return options
 
     def example_input(self) -> torch.Tensor:
         """One empty image."""
@@ -501,8 +557,18 @@ def _dtype(autocast: str) -> torch.dtype | None:
     return None if autocast == "off" else getattr(torch, autocast)
 
 
-def model_for(recipe: Recipe, data: Data) -> nn.Module:
+def _is_file(weights: str) -> bool:
+    """Whether weights are a file; published ones have a name without a suffix, such as DEFAULT."""
+    return bool(Path(weights).suffix) or Path(weights).exists()
+
+
+def model_for(recipe: Recipe, data: Data, *, weights: str | None = None) -> nn.Module:
     """The recipe's model, with the classes (and for cifar_resnet the channels) of its data.
+
+    Args:
+        recipe: The recipe.
+        data: Its data.
+        weights: Published weights by name; None: random ones.
 
     Raises:
         ValueError: The recipe gives the model another number of classes, or it does not exist.
@@ -515,7 +581,7 @@ def model_for(recipe: Recipe, data: Data) -> nn.Module:
         )
     if recipe.model.name == "cifar_resnet":
         options.setdefault("in_channels", data.image_shape[0])
-    return create_model(recipe.model.name, **options)
+    return create_model(recipe.model.name, weights=weights, **options)
 
 
 def search_policy(recipe: Recipe, indicators: Indicators, costs: Costs) -> Policy:

@@ -41,6 +41,25 @@ class ModelSection(_Section):
     options: dict[str, Any] = Field(
         default_factory=dict, description="arguments of its constructor; classes come from the data"
     )
+    weights: str | None = Field(
+        None,
+        description="float weights: a file, or published ones by name (DEFAULT), which are"
+        " downloaded; null: trained here",
+    )
+
+
+class QuantizationSection(_Section):
+    """What is quantized, and how."""
+
+    per_channel_weights: bool = Field(False, description="a weight scale per output channel")
+    symmetric_weights: bool = Field(False, description="without the lowest weight value")
+    scale_max: float | None = Field(
+        None, gt=0, description="upper bound of all scales; LIMPQ's own code uses 1.0"
+    )
+    fixed: tuple[str, ...] | None = Field(
+        None, description="layers at 8 bits, by name or pattern; null: the first and the last"
+    )
+    exclude: tuple[str, ...] = Field((), description="modules to leave in float")
 
 
 class GlyphsSection(_Section):
@@ -251,6 +270,7 @@ class Recipe(_Section):
     tensorboard: bool = Field(False, description="write TensorBoard events beside the metrics")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     bits: tuple[int, ...] = (2, 3, 4, 5, 6)
     float_training: TrainingSection = Field(
         default_factory=lambda: TrainingSection(

@@ -269,6 +269,38 @@ def test_fine_tuning_starts_from_the_joint_model_with_a_teacher_where_the_recipe
     assert "the baseline's W7A3 is not among the bits" in error
 
 
+def test_a_run_takes_float_weights_from_a_file_and_quantizes_as_the_recipe_says(
+    finished_run, limpq, tmp_path
+):
+    recipe, out, _ = finished_run
+    code, said, error = limpq(
+        "run", recipe, "--out", "given",
+        "--set", f"model.weights={out / 'float.safetensors'}",
+        "--set", "quantization.per_channel_weights=true",
+        "--set", "quantization.fixed=[conv1, layer1, fc]",
+        "--set", "quantization.exclude=[layer2.0.downsample]",
+    )  # fmt: skip
+    assert code == 0, error
+    assert "the float network has the weights" in said
+    given = tmp_path / "given"
+    same = (given / "float.safetensors").read_bytes() == (out / "float.safetensors").read_bytes()
+    assert same
+    policy = Policy.load(given / "policy.json")
+    names = [layer.name for layer in policy.layers]
+    assert names == ["layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2",
+                     "layer3.0.downsample.0"]  # fmt: skip
+    assert [layer.name for layer in policy.fixed][-1] == "fc"
+    tuned = pytest.importorskip("safetensors.torch").load_file(given / "finetuned.safetensors")
+    assert tuned["layer2.0.conv1.weight_quantizer.scale"].shape == (1, 16)
+    assert "layer2.0.downsample.0.weight_quantizer.scale" not in tuned
+    code, _, error = limpq("run", recipe, "--out", "other", "--set", "model.weights=none.pt")
+    assert code == 2
+    assert "none.pt" in error
+    code, _, error = limpq("run", recipe, "--out", "other", "--set", "model.weights=DEFAULT")
+    assert code == 2
+    assert "there are no published weights of 'cifar_resnet'" in error
+
+
 def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     finished_run, limpq, tmp_path, monkeypatch
 ):
