@@ -309,10 +309,6 @@ def _components(links: Sequence[Link]) -> list[tuple[list[int], list[Link]]]:
     return [(sorted(groups), own) for groups, own in parts if groups]
 
 
-class _LateError(Exception):
-    """The deadline passed in the middle of something."""
-
-
 class Program:
     """A program that is built once and solved for as many limits as one likes.
 
@@ -414,7 +410,7 @@ class Program:
         stopped_by: Literal["optimal", "gap", "time"]
         try:
             stopped_by = task.run()
-        except (_LateError, TimeoutError):
+        except TimeoutError:
             if task.best is None:
                 raise TimeoutError("no policy was found within the time limit") from None
             stopped_by = "time"
@@ -703,7 +699,7 @@ class _Task:
             if not partial.states.shape[1]:
                 return False, dropped
             if time.perf_counter() > self._deadline:
-                raise _LateError
+                raise TimeoutError
             dropped = min(dropped, partial.extend(level, width, program._exact))
             if dropped < math.inf and width >= PROOF_WIDTH and len(layout.source) <= FEW:
                 return False, -math.inf
@@ -773,7 +769,7 @@ class _Task:
         self.offer(answer.chosen)
         self.lower = max(self.lower, min(self.upper, answer.bound))
         if answer.late:
-            raise _LateError
+            raise TimeoutError
         if self._gap:
             return "gap"
         assert self.best is not None
@@ -784,7 +780,7 @@ class _Task:
             answer = mip.solve(table, gap=0.0, deadline=self._deadline, start=self.best)
             self.best = list(answer.chosen)
             if answer.late:
-                raise _LateError
+                raise TimeoutError
         return "optimal"
 
 
@@ -1004,7 +1000,7 @@ class _CuttingPlanes:
             trial = self._peak(room)[1]
         for _ in range(200):
             if time.perf_counter() > deadline:
-                raise _LateError
+                raise TimeoutError
             value, use = self._cut(trial)
             floor = value + trial @ (use - room)
             if floor > best:
