@@ -1,14 +1,21 @@
-"""The choices as columns of floats that count whole numbers, and how links combine them."""
+"""The choices as columns: costs in whole numbers, which ones to keep, and what links combine.
+
+Whatever the limits, the columns are the same.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
-from limpq_ext.rows import Link
+from limpq_ext.rows import Link, NoSolutionError
+
+MOST_TUPLES: Final = 2048
+"""So many combinations of labels may a set of linked groups have; above that HiGHS takes over."""
 
 
 class WholeTable:
@@ -113,9 +120,9 @@ class Layout:
         options = self.option[cells[firsts(self.option[cells])]]
         layout = Layout(
             self.source[kept],
-            numbered(self.cell[kept]),
+            _numbered(self.cell[kept]),
             self.group[cells],
-            numbered(self.option[cells]),
+            _numbered(self.option[cells]),
             self.block[options],
         )
         return layout, kept
@@ -126,12 +133,127 @@ def firsts(sorted_ids: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([True], sorted_ids[1:] != sorted_ids[:-1])))
 
 
-def numbered(sorted_ids: np.ndarray) -> np.ndarray:
+def _numbered(sorted_ids: np.ndarray) -> np.ndarray:
     """The runs of equal numbers, numbered from 0."""
     return np.cumsum(np.concatenate(([0], sorted_ids[1:] != sorted_ids[:-1])))
 
 
-def components(links: Sequence[Link]) -> list[tuple[list[int], list[Link]]]:
+def by_group(sources: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
+    """Sorted indices among all choices, those of each group apart."""
+    ends = np.searchsorted(sources, starts).tolist()
+    return [sources[first:end] for first, end in itertools.pairwise(ends)]
+
+
+def undominated(
+    values: np.ndarray,
+    rows: Sequence[WholeTable],
+    tiebreaks: Sequence[WholeTable],
+    links: Sequence[Link],
+    starts: np.ndarray,
+) -> np.ndarray:
+    """The choices that no other one of their group, with the same labels, beats.
+
+    One beats another if it costs no more in any row and comes before it in the order of value,
+    tiebreaks and index. Taking it instead is then always possible and better.
+    """
+    rank = np.empty(len(values), dtype=int)
+    ties = [whole.comparable for whole in reversed(tiebreaks)]
+    rank[np.lexsort((*ties, values))] = np.arange(len(values))
+    costs = [whole.comparable for whole in rows]
+    for link in links:
+        for group, labels in link.labels.items():
+            own = np.zeros(len(values))
+            numbers = np.unique(np.array(labels, dtype=object), return_inverse=True)[1]
+            own[starts[group] : starts[group + 1]] = numbers
+            costs += [own, -own]
+    kept = np.ones(len(values), bool)
+    sizes = np.diff(starts)
+    for size in np.unique(sizes).tolist():
+        batch = max(1, 2**22 // size**2)
+        groups = np.flatnonzero(sizes == size)
+        for first in range(0, len(groups), batch):
+            some = starts[groups[first : first + batch], None] + np.arange(size)
+            beats = rank[some][:, :, None] < rank[some][:, None, :]
+            for cost in costs:
+                beats &= cost[some][:, :, None] <= cost[some][:, None, :]
+            kept[some] = ~beats.any(axis=1)
+    return np.flatnonzero(kept)
+
+
+def lay_out(kept: np.ndarray, starts: np.ndarray, links: Sequence[Link]) -> tuple[Layout, bool]:
+    """The columns of the choices that are kept.
+
+    Returns:
+        The layout, and whether it does without some links, which have too many combinations.
+
+    Raises:
+        NoSolutionError: If the links cannot be kept together.
+    """
+    choices = by_group(kept, starts)
+    alone, loose = set(range(len(choices))), False
+    linked = []
+    for groups, own in _components(links):
+        combined = _combinations(groups, own, choices, starts)
+        if combined is None:
+            loose = True
+            continue
+        if not combined:
+            raise NoSolutionError("the links cannot be kept together")
+        linked.append(combined)
+        alone.difference_update(groups)
+    # (sources, group) of each cell, by option, by block
+    blocks = [[[(choices[group], group)]] for group in sorted(alone)] + linked
+    options = list(itertools.chain.from_iterable(blocks))
+    cells = list(itertools.chain.from_iterable(options))
+    layout = Layout(
+        np.concatenate([sources for sources, _ in cells]),
+        np.repeat(np.arange(len(cells)), [len(sources) for sources, _ in cells]),
+        np.array([group for _, group in cells]),
+        np.repeat(np.arange(len(options)), [len(option) for option in options]),
+        np.repeat(np.arange(len(blocks)), [len(block) for block in blocks]),
+    )
+    return layout, loose
+
+
+def _combinations(
+    groups: Sequence[int],
+    links: Sequence[Link],
+    choices: Sequence[np.ndarray],
+    starts: np.ndarray,
+) -> list[list[tuple[np.ndarray, int]]] | None:
+    """The combinations of labels that linked groups can have, None if there are too many.
+
+    Returns:
+        For each combination the choices of each group.
+    """
+    combined: list[dict[int, int]] = [{}]  # labels by the number of the link
+    by_labels: list[tuple[int, list[int], dict[tuple[int, ...], list[int]]]] = []
+    for group in groups:
+        mine = [number for number, link in enumerate(links) if group in link.labels]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for source in choices[group].tolist():
+            choice = source - int(starts[group])
+            labels = tuple(links[number].labels[group][choice] for number in mine)
+            members.setdefault(labels, []).append(source)
+        by_labels.append((group, mine, members))
+        extended = []
+        for known, labels in itertools.product(combined, members):
+            asked = dict(zip(mine, labels, strict=True))
+            if all(known.get(number, label) == label for number, label in asked.items()):
+                extended.append(known | asked)
+        combined = list({tuple(sorted(each.items())): each for each in extended}.values())
+        if len(combined) > MOST_TUPLES:
+            return None
+    return [
+        [
+            (np.array(members[tuple(each[number] for number in mine)]), group)
+            for group, mine, members in by_labels
+        ]
+        for each in combined
+    ]
+
+
+def _components(links: Sequence[Link]) -> list[tuple[list[int], list[Link]]]:
     """The sets of groups that links connect, with these links."""
     parts: list[tuple[set[int], list[Link]]] = []
     for link in links:

@@ -56,9 +56,9 @@ class Mip:
     def __init__(self, groups: Sequence[Sequence[int]], links: Sequence[Link]) -> None:
         self._highspy: Any = require("highspy", "search")
         self._groups = [list(group) for group in groups]
-        shared = [self._share(link) for link in links]
-        while any(self._share(link) != old for link, old in zip(links, shared, strict=True)):
-            shared = [self._share(link) for link in links]
+        shared: list[set[int]] = []
+        while shared != (left := [self._share(link) for link in links]):
+            shared = left
         self._starts = np.cumsum([0, *map(len, self._groups)]).tolist()
         self._count = self._starts[-1]  # of columns; those of labels and excesses come at the end
         self._excesses: dict[int, Fraction] = {}

@@ -1,20 +1,23 @@
-"""The Lagrangian relaxation of the rows, maximised by cutting planes."""
+"""The Lagrangian relaxation of the rows: its best prices, and a first answer from them."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from limpq_ext.columns import Layout, firsts
 from limpq_ext.mip import silent_highs
 
+EXCHANGED: Final = 200
+"""Choices among which the best exchange of two is looked for."""
+
 
 class CuttingPlanes:
-    """Maximises L of the module's docstring.
+    """Maximises L of `limpq_ext.ilp`.
 
     The choices that are cheapest at some prices give a plane that L lies below, at every limit: an
     answer for one limit begins with the planes of those before it.
@@ -94,11 +97,13 @@ class CuttingPlanes:
         return float(solution[0] - solution[1:] @ room), np.maximum(solution[1:], 0.0)
 
 
-def around(binding: int, which: np.ndarray) -> np.ndarray:
-    """Factors that give prices around the best ones; the first are all 1.
+def around(prices: np.ndarray) -> np.ndarray:
+    """The best prices, which come first, and some around them.
 
     The best prices bound the whole, others are better for what is still open in a partial answer.
     """
+    which = np.flatnonzero(prices > 0)
+    binding = len(which)
     if binding > 3:  # all combinations would be too many
         one_each = [
             np.where(np.eye(binding)[k], f, 1.0) for k in range(binding) for f in (0.8, 1.25)
@@ -106,6 +111,55 @@ def around(binding: int, which: np.ndarray) -> np.ndarray:
         factors = np.array([np.ones(binding), *one_each, *np.full((2, binding), [[0.8], [1.25]])])
     else:
         factors = np.array(list(itertools.product((1.0, 0.8, 1.25), repeat=binding)))
-    spread = np.ones((len(factors), len(which)))
-    spread[:, which] = factors.reshape(len(factors), binding)
-    return spread
+    spread = np.ones((len(factors), len(prices)))
+    spread[:, which] = factors
+    return prices * spread
+
+
+def rounded(
+    layout: Layout,
+    table: np.ndarray,
+    prices: np.ndarray,
+    room: np.ndarray,
+    penalties: np.ndarray,
+) -> np.ndarray:
+    """Round the relaxed answer, and exchange the choices of up to two groups at a time.
+
+    Of all pairs of the choices that are nearest to the relaxed answer the best one is made, until
+    none is better. Breaking a row counts so much that it soon ends.
+
+    Args:
+        layout: The columns.
+        table: Value and costs of every column.
+        prices: The best prices.
+        room: The limits of the costs.
+        penalties: What a unit above each limit counts.
+
+    Returns:
+        The sources of the columns that are taken. They may break rows.
+    """
+    columns = table[0] + prices @ table[1:]
+    cheapest, _ = layout.cheapest(columns)
+    taken = np.empty_like(cheapest)
+    taken[layout.group[layout.cell[cheapest]]] = cheapest
+    above, _ = layout.above(columns)
+    most = min(EXCHANGED, 4 * len(taken))
+    near = np.sort(np.argsort(above, kind="stable")[:most])
+    groups = layout.group[layout.cell[near]]
+    apart = groups[:, None] != groups
+    apart &= np.isin(layout.option[layout.cell[near]], layout.option[layout.cell[taken]])
+    apart &= apart.T
+
+    def merit(sums: np.ndarray) -> np.ndarray:
+        excess = np.maximum(sums[1:].T - room, 0.0)
+        return sums[0] + (excess @ penalties).T
+
+    while True:
+        sums = table[:, taken].sum(axis=1)
+        change = table[:, near] - table[:, taken[groups]]
+        merits = merit(sums[:, None, None] + change[:, :, None] + change[:, None, :])
+        best = np.argmin(np.where(apart, merits, math.inf))
+        if not merits.flat[best] < merit(sums):
+            return layout.source[taken]
+        pair = list(np.unravel_index(best, merits.shape))
+        taken[groups[pair]] = near[pair]

@@ -3,12 +3,79 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from limpq_ext.columns import Layout, firsts
+
+FEW: Final = 500
+"""Where no more choices are left HiGHS takes over after sweeps of `PROOF_WIDTH`."""
+
+PROOF_WIDTH: Final = 16384
+"""From here on a sweep through few choices is only of use as a proof: it ends if it drops any."""
+
+
+def sweep(
+    layout: Layout,
+    table: np.ndarray,
+    prices: np.ndarray,
+    shifts: np.ndarray,
+    room: np.ndarray,
+    *,
+    target: float,
+    width: int,
+    exact: bool,
+    deadline: float,
+) -> tuple[PartialAnswers | None, float]:
+    """Go through all answers of a value of up to ``target``, holding ``width`` partial ones.
+
+    The widest ones give up as soon as there are more, where HiGHS does better.
+
+    Args:
+        layout: The columns.
+        table: Value, costs and tiebreaks of every column.
+        prices: Sets of prices at which the relaxation bounds a partial answer: first the best ones,
+            last 0, which leaves the value itself.
+        shifts: What makes the sum of each relaxation a bound of the value.
+        room: The limits of the costs.
+        target: The largest value.
+        width: How many may be held.
+        exact: Whether the costs are not rounded.
+        deadline: ``time.perf_counter()`` at which to give up.
+
+    Returns:
+        The answers, None if there is none, and a bound of those that were dropped.
+
+    Raises:
+        TimeoutError: If the deadline passed.
+    """
+    costs = slice(1, 1 + len(room))
+    # The tests of an answer: the relaxations, then the rows. The best prices alone drop most
+    # columns, so that the others have few left to test.
+    for some in (slice(0, 1), slice(None)):
+        tests = np.concatenate((table[0] + prices[some] @ table[costs], table[costs]))
+        bounds = np.concatenate(((target - shifts)[some], room))
+        above, least = layout.above(tests)
+        reduced, kept = layout.only((above <= (bounds - least)[:, None]).all(axis=0))
+        if reduced is None:
+            return None, math.inf
+        layout = reduced
+        table, tests = table[:, kept], tests[:, kept]
+    partial = PartialAnswers(layout, tests, bounds, shifts, table[costs.stop :])
+    dropped = math.inf
+    for level in partial.levels(prices[0]):
+        if not partial.states.shape[1]:
+            return None, dropped
+        if time.perf_counter() > deadline:
+            raise TimeoutError
+        dropped = min(dropped, partial.extend(level, width, exact))
+        if dropped < math.inf and width >= PROOF_WIDTH and len(layout.source) <= FEW:
+            return None, -math.inf
+    return partial, dropped
 
 
 @dataclass(frozen=True)
@@ -39,12 +106,11 @@ class PartialAnswers:
         layout: The columns that are left.
         tests: The tests of every column.
         bounds: Their bounds.
-        relaxations: How many of the tests, the first ones, are relaxations of the whole program.
-        shifts: What makes the sum of a relaxation a bound of the value.
+        shifts: What makes the sum of each relaxation a bound of the value. The first tests are the
+            relaxations, the last of them the value itself; the others are the costs.
         ties: The tiebreaks of every column.
 
     Attributes:
-        layout: The columns that are left.
         states: Tests and tiebreaks (rows) of every partial answer (columns).
     """
 
@@ -53,13 +119,11 @@ class PartialAnswers:
         layout: Layout,
         tests: np.ndarray,
         bounds: np.ndarray,
-        relaxations: int,
         shifts: np.ndarray,
         ties: np.ndarray,
     ) -> None:
-        self.layout = layout
-        self._table, self._bounds = np.concatenate((tests, ties)), bounds
-        self._relaxations, self._shifts = relaxations, shifts
+        self._layout, self._bounds, self._shifts = layout, bounds, shifts
+        self._table = np.concatenate((tests, ties))
         self._cells, _, self._blocks = layout.minima(tests)
         cell_blocks = layout.block[layout.option]
         counts = np.bincount(cell_blocks[layout.cell])
@@ -79,7 +143,7 @@ class PartialAnswers:
         Args:
             prices: Prices of the rows, whose costs are the last tests.
         """
-        layout, tests = self.layout, len(self._bounds)
+        layout, tests = self._layout, len(self._bounds)
         cell_blocks = layout.block[layout.option]
         cell_firsts = firsts(layout.cell)
         costs = self._table[tests - len(prices) : tests]
@@ -140,27 +204,25 @@ class PartialAnswers:
         )
         parents = np.concatenate(parts)
         which = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        dropped, kept = math.inf, None
-        if len(parents) > width and exact:
+        dropped, kept = math.inf, np.arange(len(parents))
+        if len(kept) > width and exact:
             kept = self._different(states, level.options[which])
-        if len(parents if kept is None else kept) > width:
+        if len(kept) > width:
             labels = level.options[which] if level.rest.shape[1] > 1 else np.zeros_like(which)
-            bound = states[: self._relaxations] + self._shifts[:, None]
-            bound = (bound + level.rest[: self._relaxations].take(labels, axis=1)).max(axis=0)
-            kept = np.arange(len(parents)) if kept is None else kept
+            bound = states[: len(self._shifts)] + self._shifts[:, None]
+            bound = (bound + level.rest[: len(self._shifts)].take(labels, axis=1)).max(axis=0)
             order = np.argpartition(bound[kept], width)
             dropped = float(bound[kept[order[width]]])
             kept = np.sort(kept[order[:width]])
-        if kept is not None:
+        if len(kept) < len(parents):
             states, parents, which = states.take(kept, axis=1), parents[kept], which[kept]
-        labels = level.options[which]
-        self.states, self._labels = states, labels
+        self.states, self._labels = states, level.options[which]
         self._trail.append((parents, level.columns[which]))
         return dropped
 
     def _different(self, states: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The first by the tiebreaks of those that agree in value, costs and option."""
-        settled = states[self._relaxations - 1 : len(self._bounds)]  # the value and the costs
+        settled = states[len(self._shifts) - 1 : len(self._bounds)]  # the value and the costs
         ties = states[len(self._bounds) :]
         values = np.sort(settled[0])
         if (values[1:] != values[:-1]).all():
@@ -170,10 +232,12 @@ class PartialAnswers:
         new = np.concatenate(([True], (keys[:, 1:] != keys[:, :-1]).any(axis=0)))
         return np.sort(order[new])
 
-    def columns(self, index: int) -> np.ndarray:
-        """The columns of one of the answers."""
-        taken = []
-        for parents, columns in reversed(self._trail):
-            taken.append(columns[index])
-            index = parents[index]
-        return np.concatenate((self._fixed, np.array(taken[::-1], dtype=int)))
+    def answers(self) -> Iterator[tuple[float, np.ndarray]]:
+        """Value and the columns' sources of every answer, the best by value and tiebreaks first."""
+        values, ties = self.states[len(self._shifts) - 1], self.states[len(self._bounds) :]
+        for index in np.lexsort((*ties[::-1], values)):
+            columns, place = [self._fixed], index
+            for parents, added in reversed(self._trail):
+                columns.append(added[[place]])
+                place = parents[place]
+            yield float(values[index]), self._layout.source[np.concatenate(columns)]

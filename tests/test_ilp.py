@@ -18,7 +18,7 @@ from limpq_ext.ilp import Link, NoSolutionError, Program, Row, minimise, nearest
 ENGINES = {
     "sweeps": {},
     "narrow sweeps, then HiGHS": {"ilp.WIDTHS": (1, 2), "ilp.LAST_WIDTH": 1},
-    "links left to HiGHS": {"ilp.MOST_TUPLES": 0},
+    "links left to HiGHS": {"columns.MOST_TUPLES": 0},
 }
 """Constants of modules under which the same answers have to come out."""
 
