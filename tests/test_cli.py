@@ -277,7 +277,7 @@ def test_a_run_takes_float_weights_from_a_file_and_quantizes_as_the_recipe_says(
         "run", recipe, "--out", "given",
         "--set", f"model.weights={out / 'float.safetensors'}",
         "--set", "quantization.per_channel_weights=true",
-        "--set", "quantization.fixed=[conv1, layer1, fc]",
+        "--set", "quantization.fixed=[conv1, 'layer1.*', fc]",
         "--set", "quantization.exclude=[layer2.0.downsample]",
     )  # fmt: skip
     assert code == 0, error
@@ -291,7 +291,7 @@ def test_a_run_takes_float_weights_from_a_file_and_quantizes_as_the_recipe_says(
                      "layer3.0.downsample.0"]  # fmt: skip
     assert [layer.name for layer in policy.fixed][-1] == "fc"
     tuned = pytest.importorskip("safetensors.torch").load_file(given / "finetuned.safetensors")
-    assert tuned["layer2.0.conv1.weight_quantizer.scale"].shape == (1, 16)
+    assert tuned["layer2.0.conv1.weight_quantizer.scale"].shape == (1, 8)
     assert "layer2.0.downsample.0.weight_quantizer.scale" not in tuned
     code, _, error = limpq("run", recipe, "--out", "other", "--set", "model.weights=none.pt")
     assert code == 2
