@@ -39,9 +39,9 @@ from limpq_ext.training import make_optimizer, run_epochs
 from .hessian import hessian_scores
 
 BITS = (2, 3, 4, 5, 6)
-SIZE = 20
-TRAIN, TUNE, TEST = 12_000, 6_000, 10_000
-FLOAT_EPOCHS, JOINT_EPOCHS, TUNE_EPOCHS = 12, 2, 2
+SIZE = 16
+TRAIN, TUNE, TEST = 18_000, 9_000, 10_000
+FLOAT_EPOCHS, JOINT_EPOCHS, TUNE_EPOCHS = 15, 1, 3
 BATCH = 64
 RANDOM_DRAWS = 5
 KEPT = Fraction(97, 100)

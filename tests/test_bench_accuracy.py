@@ -23,7 +23,7 @@ from limpq_ext.indicators import Indicators, LayerIndicators
 
 
 def costs_of(network):
-    return profile(accuracy.NETWORKS[network](), torch.zeros(1, 1, 20, 20))
+    return profile(accuracy.NETWORKS[network](), torch.zeros(1, 1, accuracy.SIZE, accuracy.SIZE))
 
 
 def falling(costs, seed):
