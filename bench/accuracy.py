@@ -1,7 +1,7 @@
 """Is the policy worth it? The accuracy of policies at equal cost, on drawn glyphs.
 
     python -m bench.accuracy --out FOLDER [--networks resnet mobilenet] [--seeds 0 1 2]
-    python -m bench.accuracy --out FOLDER --report
+    python -m bench.accuracy --out FOLDER --record bench/results/accuracy.json
 
 For each network and seed: a float network, its indicators by joint training, Hessian scores, and
 for each budget one policy from each way of choosing bits. Every policy is fine-tuned from the float
@@ -15,12 +15,12 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from limpq_ext.policy import LayerBits, Policy
 from limpq_ext.training import make_optimizer, run_epochs
 
 from .hessian import hessian_scores
+from .report import describe_run
 
 BITS = (2, 3, 4, 5, 6)
 SIZE = 16
@@ -308,6 +309,24 @@ class Study:
         ).accuracy
 
 
+def finished(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the studies in a folder have found: network and seed -> cell -> result."""
+    return {
+        path.stem: json.loads(path.read_text())
+        for network in NETWORKS
+        for path in sorted(folder.glob(f"{network}-*.json"))
+        if not path.stem.endswith("-indicators")
+    }
+
+
+def record(folder: Path, path: Path) -> None:
+    """Write all results with what they were measured on and how."""
+    sizes = {"image_size": SIZE, "train": TRAIN, "tune": TUNE, "test": TEST, "batch": BATCH}
+    epochs = {"float": FLOAT_EPOCHS, "joint": JOINT_EPOCHS, "finetune": TUNE_EPOCHS}
+    run = describe_run("cpu", **sizes, epochs=epochs, bits=BITS)
+    write_json(path, {"run": run, "studies": finished(folder)})
+
+
 def table(folder: Path) -> str:
     """The results in a folder as Markdown: mean and deviation over the seeds, in per cent."""
     lines = [
@@ -319,9 +338,9 @@ def table(folder: Path) -> str:
     ]
     for network in NETWORKS:
         studies = [
-            json.loads(path.read_text())
-            for path in sorted(folder.glob(f"{network}-*.json"))
-            if not path.name.endswith("-indicators.json")
+            results
+            for name, results in finished(folder).items()
+            if name.rpartition("-")[0] == network
         ]
         if not studies:
             continue
@@ -355,11 +374,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="print the table and end")
+    parser.add_argument("--record", type=Path, help="write the results to this file and end")
     options = parser.parse_args()
-    if options.report:
+    if options.record is not None:
+        record(options.out, options.record)
         print(table(options.out))
-        sys.exit()
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     train = draw("train", TRAIN, options.out)
     test = draw("test", TEST, options.out)

@@ -106,3 +106,7 @@ def test_a_study_keeps_what_is_finished_and_the_table_has_means_and_deviations(
     row = next(line for line in lines if line.startswith("| resnet | BitOps of 3 bits"))
     assert f"| {sum(shares) / 2:.2f} ± {deviation:.2f} |" in row
     assert not any(line.startswith("| mobilenet") for line in lines)
+    accuracy.record(tmp_path, tmp_path / "all.json")
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["studies"] == {"resnet-0": results[0], "resnet-1": results[1]}
+    assert written["run"]["epochs"] == {"float": 1, "joint": 1, "finetune": 1}
