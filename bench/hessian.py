@@ -2,7 +2,8 @@
 
 A layer at b bits costs mean trace * ||Q_b(x) - x||^2, once for its weights and once for its input
 (Dong et al., arXiv 1911.03852, equations 1 and 9); the traces are estimated by Hutchinson's method
-with random signs. The quantizers are LSQ's at their start values.
+with random signs. The quantizers have LSQ's start value, 2 mean|x| / sqrt(quant_max), for both
+(Esser et al., arXiv 1902.08153, section 2.1).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 import limpq_ext as lq
 from limpq_ext.ops import thresholds
-from limpq_ext.quantizers import weight_start_scale
 
 
 def hessian_scores(
@@ -87,9 +87,7 @@ def hessian_scores(
 
 
 def _squared_error(x: Tensor, bits: int) -> float:
-    signed = bool((x < 0).any())
-    quant_min, quant_max = thresholds(bits, signed=signed, symmetric=False)
-    is_weight = isinstance(x, nn.Parameter)
-    scale = weight_start_scale(x, bits) if is_weight else 2 * x.abs().mean() / quant_max**0.5
+    quant_min, quant_max = thresholds(bits, signed=bool((x < 0).any()), symmetric=False)
+    scale = 2 * x.abs().mean() / quant_max**0.5
     y = lq.lsq_fake_quantize(x, scale.reshape(1), quant_min, quant_max)
     return float((y - x).double().square().sum())

@@ -224,6 +224,12 @@ def test_the_weights_of_resnet18_are_those_of_torchvision():
     assert len(found) == 19
 
 
+@pytest.fixture(autouse=True)
+def _same_data():
+    """A peer may move one element in a hundred, of which small cases have less than one."""
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 @pytest.mark.parametrize("channel_axis", [None, 0])
 def test_a_small_case_is_checked_and_runs(direction, channel_axis):
