@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from .distributed import broadcast_state
+from .evaluation import Batches
 from .prepare import quantized_layers, select_bits
 from .training import device_of
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Inputs and targets."""
 
 
 @torch.no_grad()

@@ -189,6 +189,25 @@ class Checkpoint:
         return state
 
 
+def load_plain(path: str | os.PathLike[str], what: str) -> Any:
+    """The tensors, containers, strings and numbers that ``torch.save`` wrote, on the CPU.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error message.
+
+    Raises:
+        OSError: If the file cannot be read.
+        FileFormatError: If it is no such file, or asks for a class.
+    """
+    data = read_bytes(path, what)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(f"not a readable checkpoint: {reason}") from error
+
+
 def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
     """The step sizes of all layers in a checkpoint of a joint training.
 
@@ -196,13 +215,7 @@ def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
         OSError: If the file cannot be read.
         FileFormatError: If it holds no joint training.
     """
-    data = read_bytes(path, "checkpoint")
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileFormatError(f"not a readable checkpoint: {reason}") from error
-    state = _joint_state(content)
+    state = _joint_state(load_plain(path, "checkpoint"))
     if state is None:
         raise FileFormatError("holds no state of a joint training")
     ending = ".weight_quantizer.scale"

@@ -591,12 +591,12 @@ def evaluate(
         session = Session(given)
         model = session.network(weights, chosen, calibrate_batches=calibrate or 0)
         with _reporter().stage("evaluating") as on_step:
-            result = session.evaluate(model, on_step, split)  # type: ignore[arg-type]
+            result = session.evaluate(model, on_step, split)  # type: ignore[arg-type]  # checked above
         confusion = None
         if float_weights is not None:
             with _reporter().stage("comparing with the float network") as on_step:
                 reference = session.network(float_weights, None)
-                confusion = session.confuse(model, reference, on_step, split)  # type: ignore[arg-type]
+                confusion = session.confuse(model, reference, on_step, split)  # type: ignore[arg-type]  # as above
     if not _is_first():
         return
     print(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")

@@ -38,14 +38,12 @@ def read_step_sizes(path: str | os.PathLike[str], bits: Sequence[int]) -> Iterat
         OSError: If the file cannot be read.
         FileFormatError: If it is not such a checkpoint.
     """
+    # The other files do not need torch.
     import torch
 
-    data = read_bytes(path, "LIMPQ checkpoint")
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileFormatError(f"not a readable checkpoint: {reason}") from error
+    from limpq_ext.checkpoint import load_plain
+
+    content = load_plain(path, "LIMPQ checkpoint")
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise FileFormatError("holds no state_dict")
