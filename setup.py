@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -28,9 +28,15 @@ except ImportError:
     torch = None
 
 # Contraction to FMA would change the bits of the result. Ignoring floating-point traps changes no
-# value, and without it GCC vectorises no loop that has a comparison in it.
-CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-Wall"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]
+# value, and without it GCC vectorises no loop that has a comparison in it. The C++ standard is left
+# to torch, whose headers say what they need.
+CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-fmad=false"]
+
+# Only what torch 2.11 has of the stable ABI is used, so the binaries load in every later torch; and
+# nothing of Python is, so they serve every Python.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+OLDEST_PYTHON = "cp310"
 
 
 class BuildWithoutTorch(build_ext):
@@ -104,80 +110,66 @@ def cuda_architectures() -> str:
     return ";".join(f"{major}.{minor}" for major, minor in names) + "+PTX"
 
 
-def cuda_header_folders(toolkit: Path) -> list[str]:
-    """Headers that a slim toolkit lacks (cuSPARSE, cuBLAS): those of the packages beside torch."""
-    if (toolkit / "include" / "cusparse.h").exists():
-        return []
-    packages = Path(torch.__file__).parent.parent / "nvidia"
-    major = torch.version.cuda.split(".")[0]
-    return [str(folder) for folder in (packages / f"cu{major}" / "include",) if folder.exists()] + [
-        str(folder)
-        for folder in sorted(packages.glob("*/include"))
-        if folder.parent.name[:2] != "cu"
-    ]
-
-
-def extension():
-    """The one extension module, limpq_ext._C."""
-    sources = [
-        str(path.relative_to(ROOT))
-        for folder in ("csrc", "csrc/cpu")
-        for path in sorted((ROOT / folder).glob("*.cpp"))
-    ]
-    # Headers are dependencies: without them an edit of a header would not rebuild.
-    depends = [
+def headers() -> list[str]:
+    """All headers, as dependencies: without them an edit of a header would not rebuild."""
+    return [
         str(path.relative_to(ROOT))
         for pattern in ("*.h", "*.inl", "*.cuh")
         for path in sorted((ROOT / "csrc").rglob(pattern))
     ]
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    flags = {"cxx": [*CXX_FLAGS, *openmp, f'-DLIMPQ_BUILD_FLAGS="{" ".join(CXX_FLAGS)}"']}
-    cuda = choose_cuda()
-    if cuda is None:
-        return cpp_extension.CppExtension(
-            "limpq_ext._C",
-            sources,
-            depends=depends,
-            extra_compile_args=flags,
-            extra_link_args=openmp,
-        )
-    toolkit, version = cuda
-    architectures = cuda_architectures()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    cpp_extension.CUDA_HOME = str(toolkit)
-    flags["cxx"] += [
-        "-DLIMPQ_WITH_CUDA",
-        f'-DLIMPQ_CUDA_VERSION="{version}"',
-        f'-DLIMPQ_CUDA_ARCHITECTURES="{architectures}"',
+
+
+def sources(*patterns: str) -> list[str]:
+    """The source files that match, relative to the project."""
+    return [
+        str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))
     ]
-    flags["nvcc"] = NVCC_FLAGS
-    sources += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    return cpp_extension.CUDAExtension(
-        "limpq_ext._C",
-        sources,
-        depends=depends,
-        include_dirs=cuda_header_folders(toolkit),
-        extra_compile_args=flags,
-        extra_link_args=openmp,
+
+
+def cpu_library() -> Extension:
+    """limpq_ext._cpu: the operators' schemas and their CPU kernels."""
+    definitions = [
+        f'-DLIMPQ_BUILD_FLAGS="{" ".join(CXX_FLAGS)}"',
+        f'-DLIMPQ_TORCH_VERSION="{torch.__version__}"',
+    ]
+    return cpp_extension.CppExtension(
+        "limpq_ext._cpu",
+        sources("csrc/operators.cpp", "csrc/cpu/*.cpp"),
+        depends=headers(),
+        extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, *definitions]},
+        py_limited_api=True,
     )
 
 
-def commands():
-    """The build command: torch's own, which also records the torch it built for."""
+def cuda_library(toolkit: Path, version: str) -> Extension:
+    """limpq_ext._cuda: the operators' CUDA kernels."""
+    architectures = cuda_architectures()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    cpp_extension.CUDA_HOME = str(toolkit)
+    definitions = [
+        "-DUSE_CUDA",
+        f'-DLIMPQ_CUDA_VERSION="{version}"',
+        f'-DLIMPQ_CUDA_ARCHITECTURES="{architectures}"',
+    ]
+    return cpp_extension.CUDAExtension(
+        "limpq_ext._cuda",
+        sources("csrc/operators_cuda.cpp", "csrc/cuda/*.cu"),
+        depends=headers(),
+        extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, *definitions], "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
+    )
+
+
+def libraries() -> list[Extension]:
+    """What is built: the CPU library always, the CUDA library where it can be."""
     if torch is None:
-        return {"build_ext": BuildWithoutTorch}
-
-    class BuildExtension(cpp_extension.BuildExtension):
-        def run(self) -> None:
-            super().run()
-            folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-            record = folder / "limpq_ext" / "_build.py"
-            record.write_text(
-                '"""Written by the build: the torch that the extension was compiled for."""\n\n'
-                f'TORCH_VERSION = "{torch.__version__}"\n'
-            )
-
-    return {"build_ext": BuildExtension}
+        return []
+    cuda = choose_cuda()
+    return [cpu_library()] + ([] if cuda is None else [cuda_library(*cuda)])
 
 
-setup(ext_modules=[] if torch is None else [extension()], cmdclass=commands())
+setup(
+    ext_modules=libraries(),
+    cmdclass={"build_ext": BuildWithoutTorch if torch is None else cpp_extension.BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
+)

@@ -308,27 +308,27 @@ def _build_multi(
             for bits, (_, quant_max) in zip(BITS, ranges, strict=True)
         ]
         x = x.to(dtype)
-        data.append((x, torch.stack(start), [torch.randn_like(x) for _ in BITS]))
+        data.append((x, torch.stack(start), torch.stack([torch.randn_like(x) for _ in BITS])))
     factors = [lsq_grad_factor(data[0][0], quant_max) for _, quant_max in ranges]
     rows, mins, maxs = list(range(count)), [r[0] for r in ranges], [r[1] for r in ranges]
     guard = (SCALE_MIN, math.inf)
 
     def forward(given: MultiInput) -> Tensor:
         x, scales, _ = given
-        return torch.ops.limpq.fake_quantize_multi(
+        return torch.ops.limpq_ext.fake_quantize_multi(
             x, scales, rows, mins, maxs, None, factors, *guard
         )
 
     def five_forwards(given: MultiInput) -> list[Tensor]:
         x, scales, _ = given
         return [
-            torch.ops.limpq.fake_quantize(x, scales, k, mins[k], maxs[k], None, factors[k], *guard)
+            torch.ops.limpq_ext.fake_quantize(x, scales, k, mins[k], maxs[k], None, factors[k], *guard)
             for k in rows
         ]
 
     def backward(given: MultiInput) -> tuple[Tensor, Tensor]:
         x, scales, grads = given
-        return torch.ops.limpq.fake_quantize_multi_backward(
+        return torch.ops.limpq_ext.fake_quantize_multi_backward(
             grads, x, scales, rows, mins, maxs, None, factors, *guard
         )
 
@@ -336,7 +336,7 @@ def _build_multi(
         x, scales, grads = given
         total = dscale = None
         for k in rows:
-            dx, dscale_k = torch.ops.limpq.fake_quantize_backward(
+            dx, dscale_k = torch.ops.limpq_ext.fake_quantize_backward(
                 grads[k], x, scales, k, mins[k], maxs[k], None, factors[k], *guard
             )
             total = dx if total is None else total.add_(dx)
@@ -409,7 +409,7 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
 
     def call_per_layer(_: object) -> tuple[Tensor, ...]:
         ys = [
-            torch.ops.limpq.fake_quantize_multi(
+            torch.ops.limpq_ext.fake_quantize_multi(
                 weight, scale, rows, mins, maxs, None, [h.grad_factor for h in hows], *guard
             )
             for weight, scale, hows in zip(weights, scales, quantizers, strict=True)
@@ -418,7 +418,7 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
 
     def call_each(_: object) -> tuple[Tensor, ...]:
         ys = [
-            torch.ops.limpq.fake_quantize(
+            torch.ops.limpq_ext.fake_quantize(
                 weight, scale, k, mins[k], maxs[k], None, hows[k].grad_factor, *guard
             )
             for weight, scale, hows in zip(weights, scales, quantizers, strict=True)

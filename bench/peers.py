@@ -68,7 +68,7 @@ def along_channels(scale: Tensor, x: Tensor, channel_axis: int | None) -> Tensor
 
 def fused(x: Tensor, scale: Tensor, how: Thresholds) -> Tensor:
     """limpq_ext's operator, called as its quantizer modules call it."""
-    return torch.ops.limpq.fake_quantize(
+    return torch.ops.limpq_ext.fake_quantize(
         x,
         scale,
         0,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import limpq_ext
-from limpq_ext import _C
+from limpq_ext.ops import build_info
 from limpq_ext.files import open_atomically, write_json
 
 from .timing import Comparison
@@ -146,7 +146,7 @@ def describe_run(device: str, **settings: Any) -> dict[str, Any]:
         "device": device,
         "cpu": _cpu_field("model name") or platform.processor(),
         "cpu_flags": sorted(f for f in flags if f.startswith(("avx", "f16c", "fma", "amx"))),
-        "cpu_capability": _C.cpu_capability(),
+        "cpu_capability": build_info()["cpu capability"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -157,8 +157,8 @@ def describe_run(device: str, **settings: Any) -> dict[str, Any]:
             "limpq_ext": limpq_ext.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "compiler": _C.compiler,
-            "cuda": _C.cuda_version,
+            "compiler": build_info()["compiler"],
+            "cuda": build_info().get("cuda version", ""),
         },
     }
     return described | settings
@@ -171,7 +171,7 @@ def machine_kind(device: str) -> str:
     else:
         model = _cpu_field("model name") or platform.processor() or platform.machine()
         model = re.sub(r"\((R|TM|tm)\)|@.*|\bCPU\b|\bProcessor\b", " ", model)
-        name = f"{model} {torch.get_num_threads()} threads {_C.cpu_capability()}"
+        name = f"{model} {torch.get_num_threads()} threads {build_info()["cpu capability"]}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

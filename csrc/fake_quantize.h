@@ -68,7 +68,7 @@ struct BackwardProblem : Problem {
   void* dscale;  // [scale_rows, channels], in the compute type; rows not in scale_row become 0
   // An earlier problem of the list has the same dscale: this one's sums are added to it, rounded to
   // the compute type first, in the order of the list.
-  bool adds_to_dscale;
+  bool adds_to_dscale = false;
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
 };
 

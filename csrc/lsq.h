@@ -31,18 +31,13 @@ struct Relu {
   bool present;
   C ceiling;  // a value of the tensor's data type; infinite without a ReLU
 
-  /// x'; a NaN stays a NaN, and on the host -0.0 stays -0.0, as in PyTorch's CPU kernels.
+  /// x'; a NaN stays a NaN, and -0.0 stays -0.0, as in PyTorch's CPU kernels. What is below 0
+  /// becomes 0 here and not in clamp_to_range: a negative x / scale may underflow to -0.0, or be
+  /// -inf / inf, a NaN.
   LIMPQ_INLINE C value(C x) const {
-#if defined(__CUDA_ARCH__)
-    return capped(x);  // clamp_to_range does the rest: what is below 0, and -0.0, becomes 0
-#else
-    // Where a negative x / scale underflows, clamp_to_range would see -0.0 and leave it.
-    return present & (x < C(0)) ? C(0) : capped(x);
-#endif
+    const C capped = x > ceiling ? ceiling : x;
+    return present & (x < C(0)) ? C(0) : capped;
   }
-
-  /// min(x, ceiling), which is enough where clamp_to_range follows; a NaN stays a NaN.
-  LIMPQ_INLINE C capped(C x) const { return x > ceiling ? ceiling : x; }
 
   /// Whether the gradient of x' reaches x, for x or x' itself: as in PyTorch not at the bounds.
   LIMPQ_INLINE bool passes(C x) const { return (x > C(0)) & (x < ceiling); }

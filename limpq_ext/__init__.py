@@ -9,17 +9,6 @@ from __future__ import annotations
 
 from importlib import metadata
 
-import torch
-
-from . import _build
-
-if torch.__version__ != _build.TORCH_VERSION:
-    raise ImportError(
-        f"limpq_ext was built for torch {_build.TORCH_VERSION}, but torch {torch.__version__} is"
-        " installed; build it again: pip install --no-build-isolation --force-reinstall --no-deps"
-        " limpq_ext"
-    )
-
 from .bank import WeightBank
 from .budgets import ShareOf8Bit, UniformLevel, of_8bit, uniform
 from .calibration import calibrate, reestimate_batch_norm
@@ -48,7 +37,7 @@ from .layers import (
     SwitchableBatchNorm,
 )
 from .metrics import Journal, MetricsFile, TensorBoard
-from .ops import lsq_fake_quantize, lsq_fake_quantize_grouped, lsq_fake_quantize_multi
+from .ops import lsq_fake_quantize, lsq_fake_quantize_multi
 from .pareto import Curve, pareto
 from .policy import Policy
 from .prepare import apply_policy, prepare, quantized_layers, select_bits
@@ -103,7 +92,6 @@ __all__ = [
     "finetune",
     "load_data",
     "lsq_fake_quantize",
-    "lsq_fake_quantize_grouped",
     "lsq_fake_quantize_multi",
     "make_loader",
     "of_8bit",

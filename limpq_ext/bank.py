@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from . import _C as _C  # loading it registers torch.classes.limpq
 from .layers import QuantizedLayer
-from .ops import lsq_grad_factor
+from .ops import bank_backward, bank_forward
+
+NO_AXIS = -(2**63)
+"""What the operators take for the channel axis of a layer with one scale per bit-width."""
 
 ALIGNMENT = 64
 """Every quantized weight starts at a multiple of this many bytes: a cache line."""
@@ -63,7 +66,6 @@ class WeightBank:
             if not isinstance(layer.weight, nn.Parameter):
                 raise ValueError(f"layer '{name}': its weight is computed and no parameter")
         self._layers = dict(layers)
-        self._table: Any = None
         self._build()
 
     @property
@@ -81,14 +83,17 @@ class WeightBank:
         Raises:
             RuntimeError: A parameter was replaced while leaves hold gradients of the former one.
         """
-        if not self._is_current():
+        if self._current_layout() != self._layout:
             if any(leaf.grad is not None for leaf in self._leaves.values()):
                 raise RuntimeError(
                     "a weight or scale of the bank was replaced before backward() used its"
                     " gradients; call backward() first"
                 )
             self._build()
-        self._table.forward()
+        bank_forward(*self._tensors(), self._values, *self._how)
+        # A pass that still needs the former values then says so instead of using the new ones.
+        increment_version(self._leaves.values())
+        self._versions = self._current_versions()
         self._filled = True
 
     def weight(self, name: str, bits: int) -> Tensor:
@@ -127,72 +132,99 @@ class WeightBank:
         Raises:
             RuntimeError: A weight or scale changed since ``quantize()``.
         """
-        if not self._is_current():
+        if self._current_layout() != self._layout:
             raise RuntimeError(
                 "a weight or scale of the bank was replaced between quantize() and backward()"
             )
-        grads = [leaf.grad for leaf in self._leaves.values()]
-        dweights, dscales = self._table.backward(grads)
-        for leaf in self._leaves.values():
+        leaves = self._leaves.values()
+        used = {place: leaf.grad for place, leaf in enumerate(leaves) if leaf.grad is not None}
+        # The layers that have a gradient, in order, as the operator returns them.
+        layers = list(dict.fromkeys(self._layer_of[place] for place in used))
+        versions = self._current_versions()
+        for layer in layers:
+            if versions[layer] != self._versions[layer]:
+                raise RuntimeError(
+                    f"layer '{list(self._layers)[layer]}': the weight or its scales were modified"
+                    " between quantize() and backward()"
+                )
+        gradients = bank_backward(list(used.values()), list(used), *self._tensors(), *self._how)
+        for leaf in leaves:
             leaf.grad = None
-        for (weight, scale), dweight, dscale in zip(
-            self._parameters, dweights, dscales, strict=True
-        ):
+        for layer, dweight, dscale in zip(layers, *gradients, strict=True):
+            weight, scale = self._parameters[layer]
             add_gradient(weight, dweight)
             add_gradient(scale, dscale)
 
     def _current_parameters(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.weight, layer.weight_quantizer.scale) for layer in self._layers.values()]
 
-    def _is_current(self) -> bool:
-        """Whether the table still describes the layers' parameters."""
-        same = all(
-            weight is old_weight and scale is old_scale
-            for (weight, scale), (old_weight, old_scale) in zip(
-                self._current_parameters(), self._parameters, strict=True
-            )
+    def _current_layout(self) -> list[tuple[Any, ...]]:
+        """Which tensors the parameters are, and where and how they lie in memory."""
+        return [
+            (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            for pair in self._current_parameters()
+            for tensor in pair
+        ]
+
+    def _current_versions(self) -> list[tuple[int, int]]:
+        return [(weight._version, scale._version) for weight, scale in self._parameters]
+
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights and the scales, without autograd."""
+        return (
+            [weight.detach() for weight, _ in self._parameters],
+            [scale.detach() for _, scale in self._parameters],
         )
-        return same and self._table.is_current()
 
     def _build(self) -> None:
-        """Allocate the buffer, cut it into leaves, and write the table of addresses."""
+        """Allocate the buffer, cut it into leaves, and write down what the kernels are told."""
         self._filled = False
         self._parameters = self._current_parameters()
+        self._layout = self._current_layout()
+        device = self._parameters[0][0].device
+        for name, (weight, _) in zip(self._layers, self._parameters, strict=True):
+            if weight.is_meta and device == weight.device:
+                raise ValueError(
+                    f"weight bank: layer '{name}' is on meta, where tensors hold no values"
+                )
+            if weight.device != device:
+                raise ValueError(
+                    f"weight bank: layer '{name}' is on {weight.device}, other layers are on"
+                    f" {device}"
+                )
+            if not is_dense(weight):
+                raise ValueError(
+                    f"weight bank: layer '{name}': the weight's memory has gaps or overlaps,"
+                    f" strides {tuple(weight.stride())}"
+                )
+        quantizers = [layer.weight_quantizer for layer in self._layers.values()]
         sizes = [
-            bank_nbytes(weight.nbytes, len(layer.weight_quantizer.bits))
-            for layer, (weight, _) in zip(self._layers.values(), self._parameters, strict=True)
+            bank_nbytes(weight.nbytes, len(quantizer.bits))
+            for quantizer, (weight, _) in zip(quantizers, self._parameters, strict=True)
         ]
-        self._buffer = torch.empty(
-            sum(sizes), dtype=torch.uint8, device=self._parameters[0][0].device
-        )
+        self._buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self._values: list[Tensor] = []
         self._leaves: dict[tuple[str, int], Tensor] = {}
-        self._table = torch.classes.limpq.WeightBank()
-        pieces = self._buffer.split(sizes)
-        for (name, layer), (weight, scale), piece in zip(
-            self._layers.items(), self._parameters, pieces, strict=True
+        self._layer_of: list[int] = []
+        for place, (name, (weight, _), quantizer, piece) in enumerate(
+            zip(self._layers, self._parameters, quantizers, self._buffer.split(sizes), strict=True)
         ):
-            quantizer = layer.weight_quantizer
-            leaves = {
-                (name, bits): _leaf_like(weight, at)
-                for bits, at in zip(quantizer.bits, piece.chunk(len(quantizer.bits)), strict=True)
-            }
-            ranges = [quantizer.thresholds(bits) for bits in quantizer.bits]
-            self._table.add(
-                f"layer '{name}'",
-                weight,
-                scale,
-                [quant_min for quant_min, _ in ranges],
-                [quant_max for _, quant_max in ranges],
-                quantizer.channel_axis,
-                [
-                    lsq_grad_factor(weight, quant_max, quantizer.channel_axis)
-                    for _, quant_max in ranges
-                ],
-                quantizer.scale_min,
-                quantizer.scale_max,
-                list(leaves.values()),
-            )
-            self._leaves.update(leaves)
+            for bits, memory in zip(
+                quantizer.bits, piece.chunk(len(quantizer.bits)), strict=True
+            ):
+                values = _laid_out_as(weight, memory)
+                self._values.append(values)
+                self._leaves[name, bits] = values.detach().requires_grad_()
+                self._layer_of.append(place)
+        ranges = [quantizer.thresholds(bits) for quantizer in quantizers for bits in quantizer.bits]
+        self._how = (
+            [len(quantizer.bits) for quantizer in quantizers],
+            [quant_min for quant_min, _ in ranges],
+            [quant_max for _, quant_max in ranges],
+            [NO_AXIS if q.channel_axis is None else q.channel_axis for q in quantizers],
+            [quantizer.scale_min for quantizer in quantizers],
+            [quantizer.scale_max for quantizer in quantizers],
+        )
 
 
 def bank_nbytes(weight_nbytes: int, bit_widths: int) -> int:
@@ -205,11 +237,23 @@ def bank_nbytes(weight_nbytes: int, bit_widths: int) -> int:
     return -(-weight_nbytes // ALIGNMENT) * ALIGNMENT * bit_widths
 
 
-def _leaf_like(weight: Tensor, memory: Tensor) -> Tensor:
-    """A leaf laid out as ``weight`` is, without gaps, on bytes that are at least as many."""
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's memory has neither gaps nor overlaps."""
+    if tensor.is_contiguous():
+        return True
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in axes if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _laid_out_as(weight: Tensor, memory: Tensor) -> Tensor:
+    """A tensor laid out as the dense ``weight`` is, on bytes that are at least as many."""
     values = memory[: weight.nbytes].view(weight.dtype)
-    strides = torch.empty_like(weight, device="meta").stride()
-    return values.as_strided(weight.shape, strides).detach().requires_grad_()
+    return values.as_strided(weight.shape, weight.stride())
 
 
 def add_gradient(parameter: Tensor, grad: Tensor | None) -> None:

@@ -641,20 +641,23 @@ def info(
 
     import torch
 
-    from . import _C, __version__
-    from ._build import TORCH_VERSION
+    from . import __version__
+    from .ops import build_info
 
+    built = build_info()
     rows = {
         "limpq_ext": __version__,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "built for torch": TORCH_VERSION,
-        "compiler": _C.compiler,
-        "build flags": _C.build_flags,
-        "CPU capability": _C.cpu_capability(),
+        "built with torch": built["built with torch"],
+        "compiler": built["compiler"],
+        "build flags": built["flags"],
+        "CPU capability": built["cpu capability"],
         "CPU threads": str(torch.get_num_threads()),
-        "CUDA kernels": f"built with CUDA {_C.cuda_version}" if _C.cuda_version else "not built",
-        "CUDA architectures": _C.cuda_architectures or "none",
+        "CUDA kernels": (
+            f"built with CUDA {built['cuda version']}" if "cuda version" in built else "not loaded"
+        ),
+        "CUDA architectures": built.get("cuda architectures", "none"),
         "CUDA devices": ", ".join(
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         )

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -113,7 +112,7 @@ class JointTrainer:
         check_steps: int = 0,
         on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
-        if isinstance(model, OptimizedModule):
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
             compile_forward = compile_forward or model.dynamo_ctx
             model = model._orig_mod
         self.layers = quantized_layers(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bits import check_bits
-from .ops import SCALE_MIN, fake_quantize, fake_quantize_selected, lsq_grad_factor, thresholds
+from .ops import SCALE_MIN, fake_quantize, fake_quantize_selected, thresholds
 
 
 def mean_step_sizes(
@@ -90,7 +90,7 @@ class LsqQuantizer(nn.Module):
         state = -1 if signed is None else int(signed)
         self.register_buffer("signed_range", torch.tensor(state, dtype=torch.int8))
         # What the buffers say, in Python, so that a forward never waits for the device.
-        self._signed = signed
+        self._decide(signed)
         self._ready = [False] * len(self.bits)
         self._index = 0
 
@@ -129,11 +129,17 @@ class LsqQuantizer(nn.Module):
         self.scale = nn.Parameter(self.scale.detach()[row].clone(), self.scale.requires_grad)
         self.initialized = self.initialized[row].clone()
         self._ready, self._index = self._ready[row], 0
+        self._decide(self._signed)
 
     def thresholds(self, bits: int) -> tuple[int, int]:
         """``(quant_min, quant_max)`` at a bit-width; signed as long as that is not decided."""
         signed = self._signed is None or self._signed
         return thresholds(bits, signed=signed, symmetric=self.symmetric and signed)
+
+    def _decide(self, signed: bool | None) -> None:
+        """Whether the range has negative values; thresholds are looked up in every forward."""
+        self._signed = signed
+        self._ranges = [self.thresholds(bits) for bits in self.bits]
 
     def set_scale(self, index: int, value: Tensor) -> None:
         """Give the step size of the ``index``-th bit-width its start value."""
@@ -148,19 +154,10 @@ class LsqQuantizer(nn.Module):
             return self._forward_selected(x, self.selected)
         if not self._ready[self._index]:
             self._start(x if self.relu_max is None else F.hardtanh(x, 0.0, self.relu_max))
-        quant_min, quant_max = self.thresholds(self.selected_bits)
-        return fake_quantize(
-            x,
-            self.scale,
-            self._index,
-            quant_min,
-            quant_max,
-            self.channel_axis,
-            lsq_grad_factor(x, quant_max, self.channel_axis),
-            self.scale_min,
-            self.scale_max,
-            self.relu_max,
-        )
+        index = self._index
+        guard = (self.scale_min, self.scale_max)
+        how = (index, *self._ranges[index], self.channel_axis, None, *guard, self.relu_max)
+        return fake_quantize(x, self.scale, how)
 
     def _forward_selected(self, x: Tensor, selected: Tensor) -> Tensor:
         if not all(self._ready):
@@ -168,19 +165,10 @@ class LsqQuantizer(nn.Module):
                 f"{self.name or 'quantizer'} has not all its start values: run a batch at every"
                 " bit-width before a tensor selects one"
             )
-        ranges = [self.thresholds(bits) for bits in self.bits]
-        return fake_quantize_selected(
-            x,
-            self.scale,
-            selected,
-            [quant_min for quant_min, _ in ranges],
-            [quant_max for _, quant_max in ranges],
-            self.channel_axis,
-            [lsq_grad_factor(x, quant_max, self.channel_axis) for _, quant_max in ranges],
-            self.scale_min,
-            self.scale_max,
-            self.relu_max,
-        )
+        mins, maxs = map(list, zip(*self._ranges, strict=True))
+        guard = (self.scale_min, self.scale_max)
+        how = (mins, maxs, self.channel_axis, None, *guard, self.relu_max)
+        return fake_quantize_selected(x, self.scale, selected, how)
 
     def values(self) -> dict[int, float]:
         """The step size in use for each bit-width, the mean over channels where it has any."""
@@ -200,7 +188,7 @@ class LsqQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         state = int(self.signed_range)
-        self._signed = None if state < 0 else bool(state)
+        self._decide(None if state < 0 else bool(state))
         self._ready = self.initialized.tolist()
 
 
@@ -269,7 +257,7 @@ class ActivationQuantizer(LsqQuantizer):
                 f"{self.name or 'activation quantizer'}: the first batch has a NaN or an infinity"
             )
         if self._signed is None:
-            self._signed = lowest_value < 0
+            self._decide(lowest_value < 0)
             self.signed_range.fill_(int(self._signed))
         _, quant_max = thresholds(self.selected_bits, signed=self._signed)
         self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))

@@ -11,9 +11,9 @@ def skip_without_cuda(request):
         return
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
-    from limpq_ext import _C
+    from limpq_ext.ops import build_info
 
-    if not _C.cuda_version:
+    if "cuda version" not in build_info():
         pytest.skip("this build of limpq_ext has no CUDA kernels")
 
 

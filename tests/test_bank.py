@@ -1,14 +1,17 @@
 """The weight bank against the weight quantizers, one layer and one bit-width at a time."""
 
 import copy
+import math
 
 import pytest
 import torch
 from test_ops import DTYPES, assert_same_bits
 from torch import nn
 
-from limpq_ext import WeightBank
+from limpq_ext import WeightBank, lsq_fake_quantize
+from limpq_ext import bank as bank_module
 from limpq_ext.layers import quantize_layer
+from limpq_ext.ops import bank_backward, bank_forward
 
 BITS = (6, 5, 4, 3, 2)
 # Output channels, input channels and kernel of ResNet-18's convolutions but the first.
@@ -350,8 +353,10 @@ def test_memory_with_gaps_is_named():
 def test_a_device_without_kernels_is_named():
     layers = small_layers()
     layers["one"].to("meta")
-    with pytest.raises(ValueError, match="layer 'one' is on meta, for which this build"):
+    with pytest.raises(ValueError, match="layer 'one' is on meta, other layers are on cpu"):
         WeightBank(layers)
+    with pytest.raises(ValueError, match="layer 'one' is on meta, where tensors hold no values"):
+        WeightBank({"one": layers["one"]})
 
 
 @pytest.mark.cuda
@@ -374,16 +379,77 @@ def test_an_empty_weight_is_fine():
     assert not layers["one"].weight_quantizer.scale.grad.any()
 
 
-def test_the_table_checks_its_arguments():
+BANK = ([2], [-2, -4], [1, 3], [bank_module.NO_AXIS], [1e-5], [math.inf])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda weight: [weight.clone()], "1 outputs for 2 quantized weights"),
+        (lambda weight: [weight.clone(), torch.randn(3, 4).T], "output 1 of weight 0 is not laid"),
+        (lambda weight: [weight.clone(), weight], "an output shares memory with another tensor"),
+        (lambda weight: [weight.clone()] * 2, "an output shares memory with another tensor"),
+        (lambda weight: [weight.clone().view(torch.int32)] * 2, "output 0 of weight 0 is not laid"),
+        (lambda weight: [freed(weight), weight.clone()], "an output has memory of 0 bytes"),
+        (lambda weight: [weight.to("meta")] * 2, "different devices, cpu and meta"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(outputs, message):
+    weight = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=message):
+        bank_forward([weight], [torch.tensor([0.1, 0.2])], outputs(weight), *BANK)
+
+
+def freed(weight):
+    output = weight.clone()
+    output.untyped_storage().resize_(0)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("grads", "places", "error", "message"),
+    [
+        ([torch.ones(4, 3)], [0, 1], ValueError, "1 gradients for 2 quantized weights"),
+        ([torch.ones(4, 3)], [2], IndexError, "quantized weight 2 of 2 is none or out of order"),
+        ([torch.ones(4, 3)] * 2, [1, 0], IndexError, "quantized weight 0 of 2 is none or out of"),
+        ([torch.ones(3)], [0], ValueError, r"gradient has shape \[3\], x has \[4, 3\]"),
+        ([torch.ones(4, 3, device="meta")], [0], ValueError, "different devices, cpu and meta"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused(grads, places, error, message):
     weight, scale = torch.randn(4, 3), torch.tensor([0.1, 0.2])
-    how = ([-2, -4], [1, 3], None, [1.0, 1.0], 1e-5, float("inf"))
-    table = torch.classes.limpq.WeightBank()
-    with pytest.raises(ValueError, match="x: 1 outputs for 2 bit-widths"):
-        table.add("x", weight, scale, *how, [weight])
-    with pytest.raises(ValueError, match="x: output 1 is not laid out as the weight is"):
-        table.add("x", weight, scale, *how, [weight.clone(), torch.randn(3, 4).T])
-    table.add("x", weight, scale, *how, [weight.clone(), weight.clone()])
-    with pytest.raises(ValueError, match="1 gradients for 2 quantized weights"):
-        table.backward([weight])
-    with pytest.raises(ValueError, match=r"gradient has shape \[3\], x has \[4, 3\]"):
-        table.backward([torch.ones(3), None])
+    with pytest.raises(error, match=message):
+        bank_backward(grads, places, [weight], [scale], *BANK)
+
+
+def test_a_weight_of_integers_is_refused():
+    weight = torch.randn(4, 3).view(torch.int32)
+    with pytest.raises(TypeError, match="x has dtype Int"):
+        bank_forward([weight], [torch.ones(2)], [weight.clone(), weight.clone()], *BANK)
+
+
+def test_a_scale_that_lost_its_rows_before_backward_is_an_error():
+    layers = small_layers()
+    bank = WeightBank(layers)
+    bank.quantize()
+    bank.weight("conv", 4).sum().backward()
+    scale = layers["conv"].weight_quantizer.scale
+    scale.data = scale.data[:1]
+    with pytest.raises(RuntimeError, match=r"replaced between quantize\(\) and backward\(\)"):
+        bank.backward()
+
+
+def test_weights_and_gradients_with_the_negative_bit_have_the_right_sign():
+    real = torch.randn(4, 3, 2)
+    negated = torch.view_as_complex(real).conj().imag  # contiguous() would resolve the bit
+    weight, scale = torch.randn(4, 3), torch.tensor([0.1, 0.2])
+    assert negated.is_neg()
+    outputs = [torch.empty(4, 3), torch.empty(4, 3)]
+    dense = torch.empty(4, 3)
+    dense = torch._neg_view(dense.copy_(real[..., 1]))
+    assert dense.is_neg()
+    bank_forward([dense], [scale], outputs, *BANK)
+    assert torch.equal(outputs[0], lsq_fake_quantize(-real[..., 1], scale[0], -2, 1))
+    (ours,), _ = bank_backward([negated], [1], [weight], [scale], *BANK)
+    (expected,), _ = bank_backward([-real[..., 1]], [1], [weight], [scale], *BANK)
+    assert torch.equal(ours, expected)

@@ -13,7 +13,6 @@ from limpq_ext import (
     ActivationQuantizer,
     WeightBank,
     lsq_fake_quantize,
-    lsq_fake_quantize_grouped,
     lsq_fake_quantize_multi,
 )
 
@@ -23,9 +22,6 @@ LOWS, HIGHS = (-2, -8, 0), (1, 7, 255)
 FUNCTIONS = {
     "single": lambda x, scales, axis: lsq_fake_quantize(x, scales[1], -8, 7, channel_axis=axis),
     "multi": lambda x, scales, axis: lsq_fake_quantize_multi(
-        x, scales, LOWS, HIGHS, channel_axis=axis
-    ),
-    "grouped": lambda x, scales, axis: lsq_fake_quantize_grouped(
         x, scales, LOWS, HIGHS, channel_axis=axis
     ),
 }
@@ -243,9 +239,9 @@ def test_forward_and_backward_are_one_launch_each(layout, count):
     call = Call("multi", layout)
     x, scales = call.x.detach(), call.scales.detach()
     how = (LOWS[:count], HIGHS[:count], call.axis, [1.0] * count, 1e-5, math.inf)
-    rows, grads = list(range(count)), list(call.grad[:count])
-    forward = (torch.ops.limpq.fake_quantize_multi, x, scales[:count], rows, *how)
-    backward = (torch.ops.limpq.fake_quantize_multi_backward, grads, x, scales[:count], rows, *how)
+    rows, scales, grad = list(range(count)), scales[:count], call.grad[:count]
+    forward = (torch.ops.limpq_ext.fake_quantize_multi, x, scales, rows, *how)
+    backward = (torch.ops.limpq_ext.fake_quantize_multi_backward, grad, x, scales, rows, *how)
     for operator, *arguments in (forward, backward):
         operator(*arguments)
         torch.cuda.synchronize()
@@ -394,9 +390,8 @@ def test_the_cpu_and_cuda_give_the_same_bits(function, dtype, layout):
 
     (y, dx, dscale), (cpu_y, cpu_dx, cpu_dscale) = outcome("cuda"), outcome("cpu")
     # Where quant_min is 0, -0.0 becomes +0.0 on CUDA and stays on the CPU, as in torch.clamp.
-    unsigned = {"multi": slice(2, 3), "grouped": slice(2 * shape[0] // 3, None)}.get(function)
-    if unsigned is not None:
-        cpu_y[unsigned] += 0.0
+    if function == "multi":
+        cpu_y[2] += 0.0
     assert_same_bits(y, cpu_y)
     assert_same_bits(dx, cpu_dx)
     torch.testing.assert_close(dscale, cpu_dscale, rtol=1e-4, atol=1e-4 * float(x.numel()) ** 0.5)

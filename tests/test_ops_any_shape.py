@@ -7,7 +7,7 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import DTYPES, check, check_grouped, compute_dtype
+from test_ops import DTYPES, check, compute_dtype
 
 
 @given(
@@ -30,16 +30,3 @@ def test_any_shape_and_order_of_axes_equals_the_chain(shape, per_channel, axis, 
     else:
         check(x, torch.tensor(0.2, dtype=compute_dtype(dtype)), -8, 7)
 
-
-@given(
-    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    axis=st.none() | st.integers(1, 3),
-    order=st.randoms(use_true_random=False),
-)
-@settings(max_examples=60, deadline=None)
-def test_grouped_parts_of_any_shape_equal_single_calls(shape, axis, order):
-    axes = list(range(len(shape)))
-    order.shuffle(axes)
-    x = torch.randn(shape).permute(axes)
-    x = torch.cat([x, x + 1, x - 1]) if order.random() < 0.5 else x.repeat_interleave(3, 0)
-    check_grouped(x, axis if axis is None or axis < x.dim() else None)

@@ -1,6 +1,7 @@
 """Importing, building and the list of what is public."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ import limpq_ext
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(code, **environment):
+def python(code, *, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, **environment},
-        cwd=ROOT,
+        cwd=folder,
     )
 
 
@@ -44,13 +45,21 @@ def test_what_is_missing_is_said_with_the_extra_that_brings_it():
     assert "highspy: pip install 'limpq_ext[search]'" in told.stderr
 
 
-def test_another_torch_is_an_import_error_that_names_both():
-    told = python("import torch; torch.__version__ = '2.99.0'; import limpq_ext")
+def test_an_older_torch_is_an_import_error_that_names_both(tmp_path):
+    # A library that needs what this torch lacks stands for one that needs what an older torch lacks.
+    package = tmp_path / "limpq_ext"
+    shutil.copytree(ROOT / "limpq_ext", package, ignore=shutil.ignore_patterns("*.so"))
+    (package / "_cpu.abi3.so").write_bytes(b"no library")
+    told = python("import torch; import limpq_ext.ops", PYTHONPATH=str(tmp_path), folder=tmp_path)
     assert told.returncode != 0
     last = told.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: limpq_ext was built for torch ")
-    assert limpq_ext._build.TORCH_VERSION in last
-    assert "torch 2.99.0 is installed" in last
+    assert last.startswith("ImportError: limpq_ext needs torch 2.11 or newer")
+    assert "this is torch 2." in last
+
+
+def test_the_import_does_not_bring_dynamo():
+    told = python("import limpq_ext.joint, sys; print('torch._dynamo' in sys.modules)")
+    assert told.stdout.strip() == "False", told.stderr
 
 
 def test_a_build_without_torch_ends_with_one_sentence(tmp_path):

@@ -136,7 +136,6 @@ struct Writer<C, C> {
 template <typename C>
 struct NoRelu {
   C value(C x) const { return x; }
-  C capped(C x) const { return x; }
   bool passes(C) const { return true; }
 };
 
@@ -144,7 +143,6 @@ struct NoRelu {
 template <typename C>
 struct PlainRelu {
   C value(C x) const { return x < C(0) ? C(0) : x; }
-  C capped(C x) const { return x; }
   bool passes(C x) const { return x > C(0); }
 };
 
@@ -168,7 +166,7 @@ inline void forward_block(const C* __restrict x, C* __restrict y, int64_t n, May
 /// fake_quantize_backward through the ReLU. What is below 0 contributes 0 to dscale either way.
 template <typename C, typename MaybeRelu>
 LIMPQ_INLINE Gradients<C> backward_element(C grad, C x, MaybeRelu relu, C scale, Range<C> range) {
-  const Gradients<C> out = fake_quantize_backward(grad, relu.capped(x), scale, range);
+  const Gradients<C> out = fake_quantize_backward(grad, relu.value(x), scale, range);
   return {relu.passes(x) ? out.dx : C(0), out.dscale};
 }
 

@@ -23,4 +23,13 @@ int64_t backward_counter_bytes(const BackwardProblem* problems, int64_t count) {
   return bytes;
 }
 
+bool is_capturing(CUstream_st* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("fake quantization: ") + cudaGetErrorString(error));
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace limpq::cuda

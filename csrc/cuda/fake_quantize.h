@@ -49,4 +49,7 @@ int64_t backward_workspace_bytes(const BackwardProblem& problem);
 /// slot of its capture for ever and so may meet any other call in it.
 int64_t backward_counter_bytes(const BackwardProblem* problems, int64_t count);
 
+/// Whether what is launched on the stream is being captured into a graph.
+bool is_capturing(CUstream_st* stream);
+
 }  // namespace limpq::cuda
