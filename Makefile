@@ -6,24 +6,54 @@ INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all bench lint format clean
+# Of `make test-torch`: another torch, with which the wheel that .venv built is tested.
+TORCH ?= 2.11.0
+TORCHVISION ?= 0.26.0
+OTHER := .venv-torch-$(TORCH)
+# What depends on torch: operators, bank, joint step, prepare, pipeline and compilers.
+TORCH_TESTS := $(addprefix tests/test_,ops.py ops_any_shape.py ops_random.py ops_safety.py bank.py \
+	joint.py prepare.py pipeline.py dynamic_shapes.py cuda_graph.py)
+
+.PHONY: help demo test test-all test-torch dist bench lint format clean
 
 help:
-	@echo "make demo      set up .venv if it is missing and run the whole pipeline on digits"
-	@echo "make test      set up .venv if it is missing and run every test but the slow ones"
-	@echo "make test-all  every test"
-	@echo "make bench     the benchmarks"
-	@echo "make lint      ruff, clang-format and mypy"
-	@echo "make format    let ruff and clang-format rewrite the files"
-	@echo "make clean     remove .venv and everything that was built"
+	@echo "make demo       set up .venv if it is missing and run the whole pipeline on digits"
+	@echo "make test       set up .venv if it is missing and run every test but the slow ones"
+	@echo "make test-all   every test"
+	@echo "make test-torch TORCH=2.11.0 TORCHVISION=0.26.0"
+	@echo "                the wheel that .venv built, tested beside another torch"
+	@echo "make dist       the source distribution and the wheel, in dist/"
+	@echo "make bench      the benchmarks"
+	@echo "make lint       ruff, clang-format and mypy"
+	@echo "make format     let ruff and clang-format rewrite the files"
+	@echo "make clean      remove .venv and everything that was built"
 
 # An editable install: Python files need no new install, a change of anything compiled does.
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision \
-		setuptools wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+dist: dist/built
+
+# The wheel's tag says which Linux it runs on; torch's own libraries stay torch's.
+dist/built: $(INSTALLED) MANIFEST.in $(shell find limpq_ext -name '*.py' -o -name '*.yaml')
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir dist/plain
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
+		--exclude 'libc10*' --exclude 'libtorch*' --exclude 'libcudart*' dist/plain/*.whl
+	mv dist/plain/*.tar.gz dist && rm -r dist/plain
+	touch $@
+
+test-torch: dist/built
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -v -e '^torch' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt \
+		torch==$(TORCH) torchvision==$(TORCHVISION) pytest hypothesis "$$(echo dist/*.whl)[cli,timm]"
+	$(OTHER)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	cd $(OTHER) && bin/python -c "import limpq_ext.ops, torch; print(torch.__version__, limpq_ext.ops.build_info())"
+	$(OTHER)/bin/pytest -m "not slow" $(TORCH_TESTS)
 
 demo: $(INSTALLED)
 	$(BIN)/limpq run --out runs/digits
@@ -49,4 +79,4 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info limpq_ext/*.so limpq_ext/_build.py
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info limpq_ext/*.so

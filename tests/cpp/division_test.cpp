@@ -14,6 +14,15 @@
 #include <random>
 #include <vector>
 
+// Where the processor may lack a fused multiply-add; elsewhere it is part of the architecture.
+#if defined(__x86_64__)
+#define LIMPQ_WITH_FMA __attribute__((target("avx2,fma")))
+#define LIMPQ_HAS_FMA (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#else
+#define LIMPQ_WITH_FMA
+#define LIMPQ_HAS_FMA true
+#endif
+
 namespace limpq::cuda {
 namespace {
 
@@ -42,7 +51,7 @@ LIMPQ_INLINE uint32_t differs(float x, float scale, float reciprocal) {
 }
 
 /// How many of the x with bits first, first + stride, ... differ.
-__attribute__((target("avx2,fma"))) uint32_t count_differences(float scale, uint32_t first,
+LIMPQ_WITH_FMA uint32_t count_differences(float scale, uint32_t first,
                                                                uint32_t stride, uint32_t count) {
   const float reciprocal = Divisor<float>(scale).reciprocal;
   uint32_t differences = 0;
@@ -55,7 +64,7 @@ __attribute__((target("avx2,fma"))) uint32_t count_differences(float scale, uint
 class Division : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    if (!LIMPQ_HAS_FMA) {
       GTEST_SKIP() << "this CPU has no fused multiply-add: the sweep would take hours";
     }
   }
