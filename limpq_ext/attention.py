@@ -13,13 +13,14 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import swap_modules, with_class
+from .layers import OfMadeClass, made_class, swap_modules, with_class
 
 
 class ProjectedAttention(nn.MultiheadAttention):
@@ -163,7 +164,7 @@ class _QueryAndValueBias(nn.Linear):
         return F.linear(input, self.weight, torch.cat([query, torch.zeros_like(key), value]))
 
 
-class ProjectedWindows:
+class ProjectedWindows(OfMadeClass):
     """torchvision's ShiftedWindowAttention, both versions, through its layers qkv and proj.
 
     Mixed into the class of the module that is replaced.
@@ -223,14 +224,8 @@ def with_layers(model: nn.Module, replaced: Callable[[str], bool]) -> nn.Module:
     Raises:
         ValueError: The model holds something that cannot be copied.
     """
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    tensors = itertools.chain(model.parameters(), model.buffers(), attributes)
-    shared = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    try:
-        model = copy.deepcopy(model, shared)
-    except (RuntimeError, TypeError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"cannot copy {type(model).__name__}: {first_line}") from error
+    tensors = itertools.chain(model.parameters(), model.buffers(), _attributes(model))
+    model = copied(model, {id(tensor): tensor for tensor in tensors})
     names = {module: name for name, module in model.named_modules()}
     crossing = {
         module.multihead_attn for module in names if isinstance(module, nn.TransformerDecoderLayer)
@@ -248,6 +243,31 @@ def with_layers(model: nn.Module, replaced: Callable[[str], bool]) -> nn.Module:
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return model
+
+
+def copied(model: nn.Module, kept: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model.
+
+    Args:
+        model: Is left as it is.
+        kept: What to put in the place of objects, by their ids, instead of a copy.
+
+    Raises:
+        ValueError: The model holds something that cannot be copied.
+    """
+    # A tensor that was computed, as the former torch.nn.utils.weight_norm keeps one, has no copy.
+    computed = (tensor for tensor in _attributes(model) if not tensor.is_leaf)
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed} | (kept or {})
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a model's own parts raise
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"cannot copy {type(model).__name__}: {first_line}") from error
+
+
+def _attributes(model: nn.Module) -> list[Tensor]:
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _reads_past_layers(module: nn.Module) -> bool:
@@ -269,18 +289,21 @@ def _forwards_of_windows() -> tuple[Any, ...]:
 def _through_layers(module: nn.Module, *, crossing: bool) -> nn.Module:
     if isinstance(module, nn.MultiheadAttention):
         return ProjectedAttention.from_float(module, crossing=crossing)
-    own = type(module)
+    own: Any = type(module)
     if hasattr(module, "qkv_bias_separate"):
         # timm's own switch: a bias that is added after self.qkv(x).
         twin = with_class(module, own)
         twin.qkv_bias_separate = True
         return twin
-    twin = with_class(
-        module, type(own.__name__, (ProjectedWindows, own), {"__module__": own.__module__})
-    )
+    twin = with_class(module, _windows_class(own))
     if hasattr(module, "logit_scale") and twin.qkv.bias is not None:
         twin.qkv = with_class(twin.qkv, _QueryAndValueBias)
     return twin
+
+
+@cache
+def _windows_class(own: Any) -> type[nn.Module]:
+    return made_class(own.__name__, ProjectedWindows, own, _windows_class, own)
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -8,17 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 
 
-class QuantizedLayer(nn.Module):
+class OfMadeClass:
+    """Copied and pickled although its class was made at run time, from that of a float module.
+
+    Such a class has ``_made_by``: a function that can be imported, and the arguments to which it
+    returns the class.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """As of any module, but for how another process finds the class."""
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        made_by = type(self).__dict__.get("_made_by")
+        if made_by is None or isinstance(reduced, str):
+            return reduced
+        return (_blank, made_by, *reduced[2:])
+
+
+def _blank(make_class: Any, *args: Any) -> Any:
+    cls = make_class(*args)
+    return cls.__new__(cls)
+
+
+class QuantizedLayer(OfMadeClass, nn.Module):
     """A layer whose input and weight are fake-quantized before its own computation.
 
     Attributes:
@@ -160,12 +183,11 @@ def quantize_layer(
         raise TypeError(
             f"layer '{name}' is a {type(module).__name__}; quantized are {supported} and subclasses"
         )
-    layer = with_class(
-        module, _quantized_class(type(module), base, overrides_forward(module, base))
-    )
-    weight = layer.weight
+    if computes_weight_before(module):
+        raise ValueError(f"layer '{name}' ({type(module).__name__}): {COMPUTED_WEIGHT}")
+    weight: Any = module.weight
     options: dict[str, Any] = {"scale_max": scale_max}
-    layer.weight_quantizer = WeightQuantizer(
+    weight_quantizer = WeightQuantizer(
         weight,
         weight_bits,
         per_channel=per_channel_weights,
@@ -174,14 +196,45 @@ def quantize_layer(
         name=f"layer '{name}': weight quantizer",
         **options,
     )
-    layer.input_quantizer = ActivationQuantizer(
+    input_quantizer = ActivationQuantizer(
         activation_bits, name=f"layer '{name}': input quantizer", **options
     ).to(weight.device)
+    layer = quantized_twin(module, weight_quantizer, input_quantizer)
     layer.train(module.training)
     return layer
 
 
-class SwitchableBatchNorm(_BatchNorm):
+COMPUTED_WEIGHT = (
+    "its weight is computed ahead of every call, as by weight_norm, spectral_norm and prune of"
+    " torch.nn.utils; make it permanent (remove_weight_norm, prune.remove), or use"
+    " torch.nn.utils.parametrizations"
+)
+"""What is said of :func:`computes_weight_before`."""
+
+
+def computes_weight_before(module: nn.Module) -> bool:
+    """Whether a hook sets the weight of a quantizable layer, which is no parameter then."""
+    return "weight" not in module._parameters and not is_parametrized(module, "weight")
+
+
+def quantized_twin(
+    module: nn.Module, weight_quantizer: nn.Module, input_quantizer: nn.Module
+) -> QuantizedLayer:
+    """A layer with these quantizers that shares all else with ``module``, quantized or not."""
+    layer: Any
+    if isinstance(module, QuantizedLayer):
+        layer = with_class(module, type(module))
+        layer.ready_weight = None
+    else:
+        own: Any = type(module)
+        base: Any = quantizable_base(module)
+        layer = with_class(module, _quantized_class(own, base, overrides_forward(module, base)))
+    layer.weight_quantizer = weight_quantizer
+    layer.input_quantizer = input_quantizer
+    return layer
+
+
+class SwitchableBatchNorm(OfMadeClass, _BatchNorm):
     """Batch normalisation with parameters and statistics of its own for each bit-width.
 
     ``weight``, ``bias``, ``running_mean`` and ``running_var`` keep their names and get a leading
@@ -212,7 +265,7 @@ class SwitchableBatchNorm(_BatchNorm):
         cls, module: _BatchNorm, bits: Sequence[int], source: str
     ) -> SwitchableBatchNorm:
         """One row for each of ``bits``, all equal to ``module``, which is left as it is."""
-        base = type(module)
+        base: Any = type(module)
         norm = with_class(module, _switchable_class(base))
         for name in cls._stacked:
             value = getattr(module, name)
@@ -235,10 +288,7 @@ class SwitchableBatchNorm(_BatchNorm):
             ValueError: There is no row for ``bits``.
         """
         self.select(bits)
-        base: Any = next(
-            cls for cls in type(self).__mro__ if not issubclass(cls, SwitchableBatchNorm)
-        )
-        norm = with_class(self, base)
+        norm = with_class(self, float_class(self))
         for name, value in self.row(self._row).items():
             if value is not None and name in norm._parameters:
                 own = nn.Parameter(value.detach().clone(), getattr(self, name).requires_grad)
@@ -298,6 +348,14 @@ class SwitchableBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def float_class(module: nn.Module) -> Any:
+    """The class that ``module`` had before it was quantized or made switchable."""
+    added = (QuantizedLayer, SwitchableBatchNorm)
+    return next(
+        cls for cls in type(module).__mro__ if not issubclass(cls, added) and cls is not OfMadeClass
+    )
+
+
 def swap_modules(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Replace modules wherever they stand, in place; a shared one stays shared.
 
@@ -319,22 +377,24 @@ def _in_place_of(module: nn.Module, **tensors: Tensor | None) -> Iterator[None]:
 
     The tensor goes where the module keeps its own one: torch.compile can follow that.
     """
-    own = {name: getattr(module, name) for name in tensors}
-    _put(module, tensors)
+    places = {name: _place(module, name) for name in tensors}
+    own = {name: place[name] for name, place in places.items() if name in place}
+    for name, place in places.items():
+        place[name] = tensors[name]
     try:
         yield
     finally:
-        _put(module, own)
+        for name, place in places.items():
+            if name in own:
+                place[name] = own[name]
+            else:
+                del place[name]
 
 
-def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
-    for name, tensor in tensors.items():
-        if name in module._parameters:
-            module._parameters[name] = tensor
-        elif name in module._buffers:
-            module._buffers[name] = tensor
-        else:
-            module.__dict__[name] = tensor
+def _place(module: nn.Module, name: str) -> dict[str, Any]:
+    if name in module._parameters:
+        return module._parameters
+    return module._buffers if name in module._buffers else module.__dict__
 
 
 def with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
@@ -345,16 +405,30 @@ def with_class(module: nn.Module, cls: type[nn.Module]) -> Any:
     return twin
 
 
-def _quantized_class(
-    own: type[nn.Module], base: type[nn.Module], overrides: bool
-) -> type[QuantizedLayer]:
+@cache
+def _quantized_class(own: Any, base: Any, overrides: bool) -> type[QuantizedLayer]:
     if own is base:
         return QUANTIZABLE[base]
     mixin = QuantizedLayer if overrides else QUANTIZABLE[base]
-    return type(f"Quant{own.__name__}", (mixin, own), {"__module__": own.__module__})
+    name = f"Quant{own.__name__}"
+    return made_class(name, mixin, own, _quantized_class, own, base, overrides)
 
 
-def _switchable_class(own: type[_BatchNorm]) -> type[SwitchableBatchNorm]:
-    return type(
-        f"Switchable{own.__name__}", (SwitchableBatchNorm, own), {"__module__": own.__module__}
-    )
+@cache
+def _switchable_class(own: Any) -> type[SwitchableBatchNorm]:
+    name = f"Switchable{own.__name__}"
+    return made_class(name, SwitchableBatchNorm, own, _switchable_class, own)
+
+
+def made_class(name: str, mixin: type, own: type, *made_by: Any) -> Any:
+    """A class of ``mixin`` and ``own``; ``made_by`` is as in :class:`OfMadeClass`."""
+    members: dict[str, Any] = {"__module__": own.__module__, "_made_by": made_by}
+    computed: Any = getattr(own, "weight", None)
+    if isinstance(computed, property):
+        # A parametrized weight; what is put in its place for a while comes first.
+        def weight(self: Any) -> Any:
+            return self.__dict__["weight"] if "weight" in self.__dict__ else compute(self)
+
+        compute: Any = computed.fget
+        members["weight"] = computed.getter(weight)
+    return type(name, (mixin, own), members)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attention import with_layers
+from .attention import copied, with_layers
 from .layers import (
     QuantizedLayer,
     SwitchableBatchNorm,
@@ -19,6 +18,7 @@ from .layers import (
     swap_modules,
 )
 from .policy import Policy
+from .proof import check_at_first_forward, check_quantized, first_line, in_float
 from .quantizers import check_candidates
 from .trace import matches, split_layers, trace
 
@@ -72,7 +72,7 @@ def prepare(
             f"left in float, since the forward did not reach them: {_some(found.unused)}",
             stacklevel=2,
         )
-    prepared = copy.deepcopy(with_layers(model, lambda name: not matches(name, exclude)))
+    prepared = copied(with_layers(model, lambda name: not matches(name, exclude)))
     modules = dict(prepared.named_modules())
     swap: dict[nn.Module, nn.Module] = {}
     for name in searchable:
@@ -92,6 +92,7 @@ def prepare(
             swap[norm] = SwitchableBatchNorm.from_float(norm, candidates, source)
     prepared = swap_modules(prepared, swap)
     select_bits(prepared, max(candidates))
+    _check_quantized(prepared, example_input)
     return prepared
 
 
@@ -99,6 +100,7 @@ def apply_policy(
     model: nn.Module,
     policy: Policy,
     *,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
@@ -114,17 +116,20 @@ def apply_policy(
         model: The float model, or a prepared one; it is left as it is.
         policy: Bits for layers of this model by name, the fixed ones included. Projections of
             attention have the names that :func:`prepare` gives them.
+        example_input: What the model's forward takes; only shapes matter. With it is proven here
+            that every layer of the policy computes with what its quantizers put out. None: the
+            first forward begins with that proof, and raises the same error.
         per_channel_weights: One weight scale per output channel, in layers that are float.
         symmetric_weights: Leave out the lowest value of the weights' range; likewise.
         scale_max: Upper bound of all scales; likewise.
 
     Raises:
-        ValueError: The policy names a layer that the model does not have or that cannot be
-            quantized, or lacks a layer of a prepared model or has bits that it was not prepared
-            for.
+        ValueError: The policy names a layer that the model does not have, that cannot be
+            quantized or that would compute in float all the same, or lacks a layer of a prepared
+            model or has bits that it was not prepared for.
     """
     chosen = policy.bits()
-    quantized = copy.deepcopy(
+    quantized = copied(
         with_layers(model, lambda name: any(layer.startswith(f"{name}.") for layer in chosen))
     )
     modules = dict(quantized.named_modules())
@@ -151,10 +156,11 @@ def apply_policy(
             scale_max=scale_max,
             name=name,
         )
+    lacking = [name for name in quantized_layers(quantized) if name not in chosen]
+    if lacking:
+        raise ValueError(f"policy: there are no bits for the quantized layer {_some(lacking)}")
     missing = []
     for name, module in modules.items():
-        if isinstance(module, QuantizedLayer) and name not in chosen:
-            raise ValueError(f"policy: there are no bits for the quantized layer '{name}'")
         if isinstance(module, SwitchableBatchNorm):
             swap[module] = module.at(chosen[module.source][0])
         elif quantizable_base(module) is not None and name not in chosen:
@@ -163,7 +169,12 @@ def apply_policy(
         warnings.warn(
             f"left in float, since the policy has no bits for them: {_some(missing)}", stacklevel=2
         )
-    return swap_modules(quantized, swap)
+    quantized = swap_modules(quantized, swap)
+    if example_input is None:
+        check_at_first_forward(quantized)
+    else:
+        _check_quantized(quantized, example_input)
+    return quantized
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -199,6 +210,19 @@ def select_bits(model: nn.Module, bits: int | Mapping[str, tuple[int, int]]) -> 
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm):
             module.select(chosen[module.source][0])
+
+
+def _check_quantized(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> None:
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    try:
+        bypassed = check_quantized(model, inputs)
+    except Exception as error:  # whatever a model's own forward raises on fake tensors
+        raise ValueError(
+            f"cannot follow {type(model).__name__}.forward on fake tensors:"
+            f" {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if bypassed:
+        raise ValueError(in_float(dict(model.named_modules()), bypassed))
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

@@ -6,14 +6,14 @@ feeds each batch normalisation, and which tensors are held between the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -21,8 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from .attention import ProjectedAttention, with_layers
 from .costs import LiveTensor
-from .layers import overrides_forward, quantizable_base
+from .layers import (
+    COMPUTED_WEIGHT,
+    QuantizedLayer,
+    SwitchableBatchNorm,
+    computes_weight_before,
+    quantizable_base,
+)
 from .liveness import Flow, Kind
+from .proof import Watch, fakes_only, first_line, refusal, with_probes
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,14 @@ class Trace:
 
 # Modules that compute with weights that this package would leave in float, and why.
 _REFUSED: dict[type[nn.Module], str] = {
+    torch.jit.ScriptModule: "it was compiled by torch.jit, where no quantizer can be put",
     nn.MultiheadAttention: "it changes nn.MultiheadAttention.forward, which multiplies by weights",
     nn.RNNBase: "it computes all its steps in one fused call that has no place for quantizers",
     nn.RNNCellBase: "it computes its gates in one fused call that has no place for quantizers",
     nn.Bilinear: "a product of two inputs and a weight has no quantized form here",
 }
 
-# Functions that multiply by a weight; with a parameter outside a known layer they would stay float.
+# Functions that compute each of their values from many.
 _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     [
         F.linear,
@@ -123,39 +131,48 @@ def trace(
         exclude: Names or patterns (``"head.*"``) of modules to leave in float and not count.
 
     Raises:
-        ValueError: The model has a part that cannot be quantized truly and is not excluded, a
-            pattern matches nothing, or its forward cannot be followed.
+        ValueError: The model has parts that cannot be quantized truly and are not excluded, all of
+            which are named, a pattern matches nothing, the model is prepared already, or its
+            forward cannot be followed.
     """
+
+    def excluded(name: str) -> bool:
+        return matches(name, exclude)
+
+    _check_is_float(model)
     # A copy: a forward may keep what it computed, and fake tensors must not stay in the model.
-    model = with_layers(model, lambda name: not matches(name, exclude)).eval()
-    names = {module: name for name, module in model.named_modules()}
-    check_patterns(exclude, names.values(), "exclude")
-    recorder = _Recorder(names, exclude)
-    for module, name in names.items():
-        recorder.check(module, name)
+    model = with_layers(model, lambda name: not excluded(name)).eval()
+    modules = dict(model.named_modules())
+    check_patterns(exclude, modules, "exclude")
+    refused = _refused(modules, excluded)
+    model = with_probes(model, lambda name: excluded(name) or name in refused)
+    watch = Watch(model, excluded)
+    recorder = _Recorder({module: name for name, module in watch.modules.items()}, exclude)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     for value in inputs:
         if value.dim() == 0 or value.shape[0] == 0:
             raise ValueError(
                 f"example_input has shape {tuple(value.shape)}, expected a batch of at least 1"
             )
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder.register_hooks()
-    with torch.enable_grad():
+    with fakes_only() as fake_mode:
         fakes = [fake_mode.from_tensor(value[:1].detach()) for value in inputs]
         recorder.start(fakes)
+        watch.start(fakes)
         try:
-            with fake_mode, recorder:
+            with fake_mode, watch, recorder:
                 output = model(*fakes)
-        except _RefusedError as refusal:
-            raise ValueError(str(refusal)) from None
         except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
+            if refused:
+                raise ValueError(refusal(modules, refused)) from error
             raise ValueError(
                 f"cannot follow {type(model).__name__}.forward on fake tensors of shape"
-                f" {[tuple(value.shape) for value in fakes]}:"
-                f" {type(error).__name__}: {first_line}"
+                f" {[tuple(value.shape) for value in fakes]}{watch.where()}:"
+                f" {type(error).__name__}: {first_line(error)}"
             ) from error
+    refused |= watch.refusals(refused)
+    if refused:
+        raise ValueError(refusal(modules, refused))
     return recorder.result(output)
 
 
@@ -201,8 +218,41 @@ def check_patterns(patterns: Sequence[str], names: Any, argument: str) -> None:
             raise ValueError(f"{argument}: the model has no module '{pattern}'")
 
 
-class _RefusedError(Exception):
-    """A part of the model cannot be quantized truly; the message says which and why."""
+def _check_is_float(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer | SwitchableBatchNorm):
+            raise ValueError(
+                f"{type(model).__name__} is prepared or quantized already, as '{name}' shows: pass"
+                " the float model"
+            )
+
+
+def _refused(modules: Mapping[str, nn.Module], excluded: Callable[[str], bool]) -> dict[str, str]:
+    """The modules that cannot be quantized whatever their forward does, and why.
+
+    Raises:
+        ValueError: A layer has no shape yet.
+    """
+    refused: dict[str, str] = {}
+    for name, module in modules.items():
+        if excluded(name) or matches(name, list(map(escape, refused))):
+            continue
+        for kind, reason in _REFUSED.items():
+            if isinstance(module, kind) and not isinstance(module, ProjectedAttention):
+                refused[name] = reason
+        if quantizable_base(module) is None:
+            continue
+        if (
+            isinstance(module, nn.modules.lazy.LazyModuleMixin)
+            and module.has_uninitialized_params()
+        ):
+            raise ValueError(
+                f"layer '{name}' ({type(module).__name__}) has no shape yet: run the model on one"
+                " batch first"
+            )
+        if computes_weight_before(module):
+            refused[name] = COMPUTED_WEIGHT
+    return refused
 
 
 class _Recorder(TorchFunctionMode):
@@ -212,7 +262,6 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.names = names
         self.exclude = exclude
-        self.active: list[nn.Module] = []
         self.order: list[str] = []
         self.totals: dict[str, TracedLayer] = {}
         self.norm_sources: dict[str, str] = {}
@@ -231,26 +280,10 @@ class _Recorder(TorchFunctionMode):
             self.names[module], self.exclude
         )
 
-    def check(self, module: nn.Module, name: str) -> None:
-        if matches(name, self.exclude):
-            return
-        for refused, reason in _REFUSED.items():
-            if isinstance(module, refused) and not isinstance(module, ProjectedAttention):
-                raise ValueError(
-                    f"cannot quantize '{name}' ({type(module).__name__}): {reason};"
-                    f" exclude=['{name}'] leaves it in float"
-                )
-        if (
-            isinstance(module, nn.modules.lazy.LazyModuleMixin)
-            and module.has_uninitialized_params()
-        ):
-            raise ValueError(
-                f"layer '{name}' ({type(module).__name__}) has no shape yet: run the model on one"
-                " batch first"
-            )
-
     def register_hooks(self) -> None:
         for module in self.names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
 
@@ -275,7 +308,6 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.active.append(module)
         if isinstance(module, _BatchNorm):
             sources = [self.sources.get(value, -1) for value in self._values_of((inputs, kwargs))]
             if max(sources, default=-1) >= 0:
@@ -287,7 +319,6 @@ class _Recorder(TorchFunctionMode):
             self.read.append(values[0])
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.active.pop()
         base = quantizable_base(module)
         if base is None or not self.quantizable(module):
             return
@@ -317,8 +348,6 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.watching:
             return func(*args, **kwargs)
-        if func in _PRODUCTS:
-            self._check_product(func, args, kwargs)
         inputs = self._values_of((args, kwargs))
         # Within a layer, what goes in and comes out is all that counts.
         if not inputs or self.read:
@@ -357,7 +386,9 @@ class _Recorder(TorchFunctionMode):
         self.watching = False
         try:
             memory = tensor.untyped_storage()._cdata
-            return memory, tensor._version, int(tensor.storage_offset()), tensor.numel()
+            # Those of inference mode do not count their changes.
+            version = 0 if tensor.is_inference() else tensor._version
+            return memory, version, int(tensor.storage_offset()), tensor.numel()
         finally:
             self.watching = True
 
@@ -372,29 +403,6 @@ class _Recorder(TorchFunctionMode):
         self.values[key] = value
         self.memories.setdefault(key[:2], value)
         self.kept.append(tensor)
-
-    def _check_product(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Refuse a product with a weight that no quantizer would reach."""
-        module = self.active[-1]
-        name = self.names[module]
-        if matches(name, self.exclude):
-            return
-        base = quantizable_base(module)
-        if base is not None:
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if overrides_forward(module, base) and weight is not module.weight:
-                raise _RefusedError(
-                    f"cannot quantize '{name}' ({type(module).__name__}): it changes its weight"
-                    f" before it multiplies by it; exclude=['{name}'] leaves it in float"
-                )
-            return
-        leaves = tree_leaves((args, kwargs))
-        if any(isinstance(leaf, nn.Parameter) and leaf.dim() > 1 for leaf in leaves):
-            raise _RefusedError(
-                f"cannot quantize '{name}' ({type(module).__name__}): it calls"
-                f" {getattr(func, '__name__', func)} with a parameter of its own, where no"
-                f" quantizer reaches; exclude=['{name}'] leaves it in float"
-            )
 
 
 def _tensors(content: Any) -> list[Tensor]:

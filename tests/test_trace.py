@@ -125,7 +125,7 @@ class Recurrent(nn.LSTM):
         (OwnAttention(8, 2), r"'1' \(OwnAttention\): it changes nn\.MultiheadAttention\.forward"),
         (nn.Bilinear(8, 8, 8), r"'1' \(Bilinear\): a product of two inputs"),
         (StandardizedConv2d(4, 4, 1), r"'1' \(StandardizedConv2d\): it changes its weight"),
-        (OwnProduct(), r"'1' \(OwnProduct\): it calls .*matmul.* with a parameter of its own"),
+        (OwnProduct(), r"'1' \(OwnProduct\): it multiplies by '1\.matrix', where no quantizer"),
     ],
 )
 def test_what_cannot_be_quantized_truly_is_refused_by_name(module, message):
