@@ -271,10 +271,12 @@ def _attributes(model: nn.Module) -> list[Tensor]:
 
 
 def _reads_past_layers(module: nn.Module) -> bool:
+    # What torch.jit compiled has none in its class.
+    forward = getattr(type(module), "forward", None)
     return (
-        type(module).forward is nn.MultiheadAttention.forward
+        forward is nn.MultiheadAttention.forward
         or getattr(module, "qkv_bias_separate", None) is False
-        or type(module).forward in _forwards_of_windows()
+        or forward in _forwards_of_windows()
     )
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
 
 from .quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 
@@ -183,8 +182,6 @@ def quantize_layer(
         raise TypeError(
             f"layer '{name}' is a {type(module).__name__}; quantized are {supported} and subclasses"
         )
-    if computes_weight_before(module):
-        raise ValueError(f"layer '{name}' ({type(module).__name__}): {COMPUTED_WEIGHT}")
     weight: Any = module.weight
     options: dict[str, Any] = {"scale_max": scale_max}
     weight_quantizer = WeightQuantizer(
@@ -202,19 +199,6 @@ def quantize_layer(
     layer = quantized_twin(module, weight_quantizer, input_quantizer)
     layer.train(module.training)
     return layer
-
-
-COMPUTED_WEIGHT = (
-    "its weight is computed ahead of every call, as by weight_norm, spectral_norm and prune of"
-    " torch.nn.utils; make it permanent (remove_weight_norm, prune.remove), or use"
-    " torch.nn.utils.parametrizations"
-)
-"""What is said of :func:`computes_weight_before`."""
-
-
-def computes_weight_before(module: nn.Module) -> bool:
-    """Whether a hook sets the weight of a quantizable layer, which is no parameter then."""
-    return "weight" not in module._parameters and not is_parametrized(module, "weight")
 
 
 def quantized_twin(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,10 @@ _CONSTANT = _Origin()
 _ACTIVATION = _Origin(activation=True)
 
 
+class UnfollowedError(ValueError):
+    """A forward could not be followed on fake tensors; the message says why."""
+
+
 class Probe(nn.Module):
     """Stands for a quantizer in a forward that is followed: gives its input, and is seen."""
 
@@ -119,7 +123,7 @@ class Watch(TorchDispatchMode):
         self.probed: dict[str, None] = {}
         # The module that runs, after those that called it; and the first that raised.
         self.active: list[str] = []
-        self.failed: str | None = None
+        self._failed: str | None = None
         self.ran: set[str] = set()
         self.used: set[str] = set()
         self.changed: set[str] = set()
@@ -149,14 +153,40 @@ class Watch(TorchDispatchMode):
         self._set(output, probe.origin)
         return output
 
-    def start(self, inputs: Any) -> None:
-        """Note the tensors in ``inputs`` as those of the model."""
-        for tensor in _tensors(inputs):
-            self._set(tensor, _ACTIVATION)
+    def follow(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        keywords: Mapping[str, Any],
+        *modes: AbstractContextManager[Any],
+    ) -> Any:
+        """The output of one forward, which is followed.
 
-    def where(self) -> str:
-        """The module in which a forward ended that raised, in words; "" for the model itself."""
-        return f", in '{self.failed}'" if self.failed else ""
+        Args:
+            model: The modules that were given before.
+            inputs: What the forward takes; all tensors are fake.
+            keywords: What it takes by keyword, likewise.
+            *modes: Others that it runs under.
+
+        Raises:
+            UnfollowedError: The forward raised something.
+        """
+        fakes = _tensors((inputs, keywords))
+        for tensor in fakes:
+            self._set(tensor, _ACTIVATION)
+        try:
+            with self, ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                return model(*inputs, **keywords)
+        except Exception as error:  # whatever a model's own forward raises on fake tensors
+            where = f", in '{self._failed}'" if self._failed else ""
+            first_line = (str(error).splitlines() or [""])[0]
+            raise UnfollowedError(
+                f"cannot follow {float_class(model).__name__}.forward on fake tensors of shape"
+                f" {[tuple(tensor.shape) for tensor in fakes]}{where}:"
+                f" {type(error).__name__}: {first_line}"
+            ) from error
 
     def bypassed(self) -> dict[str, str]:
         """The layers with quantizers that did not compute with what these put out, and why."""
@@ -182,10 +212,14 @@ class Watch(TorchDispatchMode):
             refused: What is refused anyhow; nothing within these is named.
         """
         found = {name: reason for name, reason in self.bypassed().items() if reason != NOT_RUN}
+
+        def settled(name: str) -> bool:
+            return self.excluded(name) or any(_within(name, other) for other in refused)
+
         for module, floats in self.products:
             owners = {name.rpartition(".")[0] for name in floats if name}
             known = any(_within(owner, layer) for owner in owners for layer in found)
-            if known or self.excluded(module) or (owners and all(map(self.excluded, owners))):
+            if known or settled(module) or (owners and all(map(settled, owners))):
                 continue
             named = [f"'{name}'" for name in sorted(floats) if name]
             what = ", ".join(named[:3]) if named else "a tensor that it brings along"
@@ -280,8 +314,8 @@ class Watch(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         left = self.active.pop()
-        if sys.exc_info()[0] is not None and self.failed is None:
-            self.failed = left
+        if sys.exc_info()[0] is not None and self._failed is None:
+            self._failed = left
 
     def _origin(self, tensor: Tensor) -> _Origin:
         memory = _memory(tensor)
@@ -351,7 +385,7 @@ def check_quantized(
         keywords: What it takes by keyword.
 
     Raises:
-        Exception: Whatever the forward raises on fake tensors.
+        UnfollowedError: The forward raised something.
     """
     # A copy: a forward may keep what it computed, and fake tensors must not stay in the model.
     model = with_layers(model, lambda name: False).eval()
@@ -364,9 +398,8 @@ def check_quantized(
             return fake_mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
 
         fakes = tree_map(fake, (inputs, dict(keywords or {})))
-        watch.start(fakes)
-        with fake_mode, watch:
-            model(*fakes[0], **fakes[1])
+        with fake_mode:
+            watch.follow(model, *fakes)
     return watch.bypassed()
 
 
@@ -386,12 +419,8 @@ def _check_now(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
         return
     try:
         bypassed = check_quantized(model, inputs, keywords)
-    except Exception as error:  # whatever a model's own forward raises on fake tensors
-        warnings.warn(
-            f"it is not proven that every layer of {type(model).__name__} runs quantized, since its"
-            f" forward cannot be followed: {type(error).__name__}: {first_line(error)}",
-            stacklevel=2,
-        )
+    except UnfollowedError as error:
+        warnings.warn(f"it is not proven that every layer runs quantized: {error}", stacklevel=2)
         bypassed = {}
     if bypassed:
         raise ValueError(in_float(dict(model.named_modules()), bypassed))
@@ -424,17 +453,13 @@ def refusal(modules: Mapping[str, nn.Module], refused: Mapping[str, str]) -> str
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]
-
-
 def _reasons(modules: Mapping[str, nn.Module], refused: Mapping[str, str]) -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, reason in refused.items():
         groups.setdefault((float_class(modules[name]).__name__, reason), []).append(name)
     return "; ".join(
-        f"{', '.join(repr(name) for name in names)} ({kind}): {reason}"
+        f"{', '.join(repr(name) if name else 'the model itself' for name in names)} ({kind}):"
+        f" {reason}"
         for (kind, reason), names in groups.items()
     )
 

@@ -22,14 +22,12 @@ from torch.utils._pytree import tree_leaves
 from .attention import ProjectedAttention, with_layers
 from .costs import LiveTensor
 from .layers import (
-    COMPUTED_WEIGHT,
     QuantizedLayer,
     SwitchableBatchNorm,
-    computes_weight_before,
     quantizable_base,
 )
 from .liveness import Flow, Kind
-from .proof import Watch, fakes_only, first_line, refusal, with_probes
+from .proof import UnfollowedError, Watch, fakes_only, refusal, with_probes
 
 
 @dataclass(frozen=True)
@@ -158,18 +156,13 @@ def trace(
     with fakes_only() as fake_mode:
         fakes = [fake_mode.from_tensor(value[:1].detach()) for value in inputs]
         recorder.start(fakes)
-        watch.start(fakes)
         try:
-            with fake_mode, watch, recorder:
-                output = model(*fakes)
-        except Exception as error:
+            with fake_mode:
+                output = watch.follow(model, fakes, {}, recorder)
+        except UnfollowedError as error:
             if refused:
                 raise ValueError(refusal(modules, refused)) from error
-            raise ValueError(
-                f"cannot follow {type(model).__name__}.forward on fake tensors of shape"
-                f" {[tuple(value.shape) for value in fakes]}{watch.where()}:"
-                f" {type(error).__name__}: {first_line(error)}"
-            ) from error
+            raise
     refused |= watch.refusals(refused)
     if refused:
         raise ValueError(refusal(modules, refused))
@@ -250,8 +243,6 @@ def _refused(modules: Mapping[str, nn.Module], excluded: Callable[[str], bool]) 
                 f"layer '{name}' ({type(module).__name__}) has no shape yet: run the model on one"
                 " batch first"
             )
-        if computes_weight_before(module):
-            refused[name] = COMPUTED_WEIGHT
     return refused
 
 

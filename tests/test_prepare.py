@@ -1,9 +1,13 @@
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from networks import Depthwise, NoNorm, Shared
+from networks import Attending, Depthwise, NoNorm, PaddedConv2d, Shared
 from torch import nn
 
 from limpq_ext import JointTrainer, Policy, apply_policy, prepare, quantized_layers, select_bits
@@ -214,3 +218,67 @@ def test_bits_that_a_model_was_not_prepared_for_and_layers_without_bits_are_name
         apply_policy(model, Policy((wrong, *layers[1:])))
     with pytest.raises(ValueError, match=f"no bits for the quantized layer '{layers[0].name}'"):
         apply_policy(model, Policy(layers[1:]))
+
+
+@pytest.mark.parametrize("listed_first", [True, False])
+def test_a_norm_without_bits_for_its_layer_is_an_error_that_names_the_layer(listed_first):
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+            parts = [("norm", nn.BatchNorm2d(4)), ("conv", nn.Conv2d(4, 4, 1))]
+            for name, part in parts if listed_first else parts[::-1]:
+                setattr(self, name, part)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.norm(self.conv(self.first(x))))
+
+    policy = Policy((LayerBits("first", 4, 4),))
+    with pytest.raises(
+        ValueError, match="policy: there are no bits for the quantized layer 'conv'"
+    ):
+        apply_policy(prepared(Norms()), policy)
+
+
+class OwnForward(nn.Sequential):
+    """A layer whose class has no quantized form of its own, and a batch norm after it."""
+
+    def __init__(self):
+        layers = [nn.Conv2d(3, 4, 1), PaddedConv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(4 * 64, 5))
+
+
+def test_prepared_models_are_copied_and_saved_whole(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    for number, network in enumerate((Depthwise(), OwnForward(), Attending())):
+        model = prepared(network).train()
+        model(x)
+        model.eval()
+        expected = model(x).detach()
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        torch.save((model, as_policy(model), x, expected), tmp_path / f"{number}.pt")
+    # A process in which none of the classes was made yet.
+    program = """if True:
+        import torch
+        for number in range(3):
+            *models, x, expected = torch.load(f"{number}.pt", weights_only=False)
+            assert all(torch.equal(model(x), expected) for model in models), number
+    """
+    paths = [str(Path(__file__).parent), *sys.path]
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        timeout=120,
+    )
+
+
+def as_policy(model):
+    """The prepared model at its selected bits and no others."""
+    layers = quantized_layers(model).items()
+    policy = Policy(tuple(LayerBits(n, x.weight_bits, x.activation_bits) for n, x in layers))
+    with pytest.warns(UserWarning, match="left in float"):
+        return apply_policy(model, policy).eval()

@@ -1,10 +1,13 @@
 """Nothing runs in float without a word, whichever way a forward takes to its weights."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from limpq_ext import Policy, apply_policy, prepare, profile, quantized_layers
 from limpq_ext.policy import LayerBits
@@ -254,10 +257,17 @@ class PaddedConv1d(nn.Conv1d):
         lambda: parametrizations.weight_norm(nn.Conv1d(8, 8, 1)),
         lambda: parametrizations.spectral_norm(nn.Conv1d(8, 8, 1)),
         lambda: parametrizations.weight_norm(PaddedConv1d(8, 8, 1)),
+        lambda: weight_norm(nn.ConvTranspose1d(8, 8, 1)),
+        lambda: spectral_norm(nn.Conv1d(8, 8, 1)),
+        lambda: prune.l1_unstructured(nn.Conv1d(8, 8, 1), "weight", 0.5),
     ],
-    ids=["transposed", "weight", "spectral", "own forward"],
+    ids=[
+        *("transposed", "weight", "spectral", "own forward"),
+        *("former weight", "former spectral", "pruned"),
+    ],
 )
-def test_parametrized_layers_run_on_their_quantized_weight(layer, per_channel):
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_layers_that_compute_their_weight_run_on_it_quantized(layer, per_channel):
     model = nn.Sequential(nn.Conv1d(8, 8, 1), layer(), nn.Conv1d(8, 8, 1))
     x = torch.randn(2, 8, 5)
     prepared = prepare(model, (2, 4), example_input=x, per_channel_weights=per_channel).train()
@@ -270,3 +280,107 @@ def test_parametrized_layers_run_on_their_quantized_weight(layer, per_channel):
     outputs = quantized(prepared[0](x))
     convolve = F.conv_transpose1d if isinstance(quantized, nn.ConvTranspose1d) else F.conv1d
     torch.testing.assert_close(outputs, convolve(inputs, seen[-1], quantized.bias))
+
+
+def test_a_policy_without_an_example_is_proven_in_every_forward_until_one_succeeds():
+    layer = Closure()
+    policy = Policy((LayerBits("1", 4, 4), LayerBits("2", 4, 4)))
+    with pytest.warns(UserWarning, match="left in float"):
+        model = apply_policy(network(layer), policy).train()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="would compute in float: '2'"):
+            model(torch.randn(4, 8))
+    del model[2].forward
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not model._forward_pre_hooks
+    weights = {name: value for name, value in model.state_dict().items() if "quantizer" not in name}
+    assert all(torch.equal(before[name], value) for name, value in weights.items())
+
+
+def test_the_proof_at_the_first_forward_goes_with_copies_and_keyword_inputs():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, *, x, bias=None):
+            y = self.b(self.a(x["x"]))
+            return y if bias is None else y + bias
+
+    policy = Policy((LayerBits("a", 4, 4), LayerBits("b", 4, 4)))
+    model = apply_policy(ByKeyword(), policy).train()
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x={"x": x}), twin(x={"x": x}, bias=None))
+    assert not model._forward_pre_hooks
+    assert not twin._forward_pre_hooks
+
+
+def test_a_forward_that_cannot_be_followed_is_said_where_a_policy_runs():
+    class DataDependent(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    policy = Policy((LayerBits("0", 4, 4), LayerBits("1", 4, 4), LayerBits("3", 4, 4)))
+    model = apply_policy(network(DataDependent()), policy).train()
+    with pytest.warns(UserWarning, match="not proven that every layer runs quantized: cannot"):
+        model(torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"cannot follow Sequential\.forward .*in '2'"):
+        apply_policy(network(DataDependent()), policy, example_input=X)
+
+
+def test_nothing_of_a_proof_stays_in_the_cache_of_autocast():
+    model = network()
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        prepare(model, (2, 4), example_input=x)
+        assert torch.equal(model(x), expected)
+
+
+def compiled_by_jit(kind):
+    layer = nn.Linear(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(layer) if kind == "script" else torch.jit.trace(layer, X)
+
+
+class ByName(nn.Linear):
+    """Asks for its parameter by name."""
+
+    def forward(self, x):
+        return F.linear(x, self.get_parameter("weight"), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            compiled_by_jit("script"),
+            r"'2' \(RecursiveScriptModule\): it was compiled by torch\.jit",
+        ),
+        (compiled_by_jit("trace"), r"'2' \(.*Module\): it was compiled by torch\.jit"),
+        (ByName(8, 8), r"cannot follow .*, in '2': AttributeError: `weight` is not"),
+        (
+            prepare(network(), (2, 4), example_input=X),
+            r"Sequential is prepared or quantized already, as '2\.1' shows",
+        ),
+    ],
+    ids=["script", "trace", "parameter by name", "prepared"],
+)
+def test_parts_that_take_no_quantizers_are_an_error_in_one_sentence(part, message):
+    for refuse in (prepare, profile):
+        options = {"bits": (2, 4)} if refuse is prepare else {}
+        with pytest.raises(ValueError, match=message):
+            refuse(network(part), example_input=X, **options)
+
+
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_what_torch_jit_compiled_can_be_excluded(kind):
+    model = network(compiled_by_jit(kind))
+    prepared = prepare(model, (2, 4), example_input=X, exclude=["2"]).train()
+    assert list(quantized_layers(prepared)) == ["1"]
+    assert prepared(torch.randn(4, 8)).shape == (4, 8)
