@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from .attention import ProjectedAttention, ProjectedWindows
-from .layers import QuantizedLayer, SwitchableBatchNorm
+from .layers import QuantizedLayer, SwitchableBatchNorm, with_class
 from .quantizers import LsqQuantizer
 
 _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
@@ -64,15 +64,25 @@ class BranchGraph:
     def __init__(
         self, model: nn.Module, x: Any, *, share_stem: bool = True, drop_relu: bool = True
     ) -> None:
-        graph_module = _trace(model)
-        _check_same_values(model, graph_module, x)
-        self.dropped_relus = _drop_relus(graph_module) if drop_relu else 0
-        self.rest: nn.Module = graph_module
+        self.dropped_relus = 0
+        self.rest: nn.Module = model
         self.stem: nn.Module | None = None
         self.reason = ""
         self._norms: list[_NormBase] = []
         self._outputs: tuple[Any, ...] = ()
         self._values: tuple[Any, ...] = ()
+        # What the model itself raises is no matter of its graph.
+        values = _values(model, model, x)
+        with _untraceable(model):
+            graph_module = _trace(model)
+            _check_same_values(values, model, graph_module, x)
+            self._build(graph_module, x, share_stem=share_stem, drop_relu=drop_relu)
+
+    def _build(
+        self, graph_module: fx.GraphModule, x: Any, *, share_stem: bool, drop_relu: bool
+    ) -> None:
+        self.dropped_relus = _drop_relus(graph_module) if drop_relu else 0
+        self.rest = graph_module
         shared = _shared_nodes(graph_module) if share_stem else []
         if not any(node.op == "call_module" for node in shared):
             return
@@ -125,24 +135,46 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise UntraceableError(f"module '{name}' has hooks, which a graph would not call")
+    return fx.GraphModule(model, _Tracer().trace(_with_one_input(model)))
+
+
+def _with_one_input(model: nn.Module) -> nn.Module:
+    """A twin whose forward has one argument; torch.fx would take defaults of others for tensors."""
+    own: Any = type(model)
+
+    def forward(self: nn.Module, x: Any) -> Any:
+        return own.forward(self, x)
+
+    return with_class(model, type(own.__name__, (own,), {"forward": forward}))
+
+
+@contextmanager
+def _untraceable(model: nn.Module) -> Iterator[None]:
+    """Turn whatever a model's forward raises on proxies, or its graph, into one error."""
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
-    except Exception as error:  # whatever a model's own forward raises on proxies
+        yield
+    except UntraceableError:
+        raise
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UntraceableError(
-            f"torch.fx cannot follow {type(model).__name__}.forward: {first_line}"
+            f"torch.fx cannot follow {type(model).__name__}.forward:"
+            f" {type(error).__name__}: {first_line}"
         ) from error
 
 
-def _check_same_values(model: nn.Module, graph_module: nn.Module, x: Any) -> None:
+def _values(forward: nn.Module, model: nn.Module, x: Any) -> list[Any]:
+    """What a forward gives; the model's buffers and the random state are put back."""
+    with torch.no_grad(), _buffers_kept(model), torch.random.fork_rng(_gpus(model)):
+        return tree_leaves(forward(x))
+
+
+def _check_same_values(
+    values: list[Any], model: nn.Module, graph_module: nn.Module, x: Any
+) -> None:
     """A forward may do what a graph does not show; then it computes something else."""
-    outputs = []
-    for forward in (model, graph_module):
-        with torch.no_grad(), _buffers_kept(model), torch.random.fork_rng(_gpus(model)):
-            outputs.append(tree_leaves(forward(x)))
-    same = len(outputs[0]) == len(outputs[1]) and all(
-        _nearly_equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True)
-    )
+    others = _values(graph_module, model, x)
+    same = len(values) == len(others) and all(map(_nearly_equal, values, others))
     if not same:
         raise UntraceableError(
             f"{type(model).__name__}.forward computes other values than its torch.fx graph"

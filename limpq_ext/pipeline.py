@@ -368,6 +368,9 @@ class Session:
             autocast=_dtype(options.autocast),
             compile_forward=torch.compile if options.compile else None,
             cuda_graph=options.cuda_graph,
+            weight_bank=options.weight_bank,
+            share_stem=options.share_stem,
+            drop_relu=options.drop_relu,
             on_branch=meter.add_branch,
         )
 

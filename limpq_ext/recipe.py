@@ -127,6 +127,11 @@ class JointSection(TrainingSection):
     channels_last: bool = Field(False, description="memory format of weights and activations")
     compile: bool = Field(False, description="torch.compile what a branch runs")
     cuda_graph: bool = Field(False, description="capture a step in CUDA graphs")
+    weight_bank: bool = Field(True, description="quantize all weights once per step")
+    share_stem: bool = Field(
+        True, description="compute what comes before the first searchable layer once per step"
+    )
+    drop_relu: bool = Field(True, description="let quantizers take over ReLUs in front of them")
 
 
 class FinetuneSection(TrainingSection):

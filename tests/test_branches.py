@@ -174,6 +174,31 @@ class WithState(Net):
         return super().forward(self.remembering(x))
 
 
+class Optional(Net):
+    """A forward with arguments that its caller may leave out."""
+
+    def forward(self, x, mask=None, *, scales=(1.0, 2.0), flip: bool = False):
+        if mask is not None:
+            x = x + mask
+        x = super().forward(x * scales[0])
+        return -x if flip else x
+
+
+def test_arguments_that_a_forward_does_not_need_have_their_defaults_in_its_graph():
+    model = prepared(Optional())
+    x = image()
+    graph = BranchGraph(model, x)
+    assert stem_modules(graph) == ["first", "stem"]
+    assert torch.equal(graph.rest(*graph.forward_stem(x, 1)), model(x))
+
+
+class NoTensor(nn.Module):
+    """Its graph, which is made of no tensors, calls a method that tensors have not."""
+
+    def forward(self, x):
+        return x if isinstance(x, torch.Tensor) else x.decoded()
+
+
 def hooked():
     model = Net()
     model.conv1.register_forward_hook(lambda *_: None)
@@ -186,8 +211,9 @@ def hooked():
         (Net(Sometimes()), "torch.fx cannot follow Net.forward"),
         (WithState(), "WithState.forward computes other values than its torch.fx graph"),
         (hooked(), "module 'conv1' has hooks"),
+        (Net(NoTensor()), "torch.fx cannot follow Net.forward: AttributeError: .*decoded"),
     ],
-    ids=["control_flow", "hidden_state", "hooks"],
+    ids=["control_flow", "hidden_state", "hooks", "wrong_graph"],
 )
 def test_a_model_that_no_graph_describes_runs_as_it_is_and_says_so(model, message):
     model = prepared(model)

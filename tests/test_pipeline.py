@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
+from limpq_ext import pipeline
 from limpq_ext.pipeline import Session
 from limpq_ext.recipe import make_recipe
 
@@ -41,3 +42,21 @@ def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
 def test_a_cuda_graph_on_the_cpu_is_an_error():
     with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
         indicators(cuda_graph=True)
+
+
+def test_what_the_branches_share_can_be_switched_off_in_a_recipe(monkeypatch):
+    made = []
+
+    class Noted(pipeline.JointTrainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(pipeline, "JointTrainer", Noted)
+    indicators()
+    indicators(weight_bank=False, share_stem=False, drop_relu=False)
+    shared, plain = (trainer.shared for trainer in made)
+    assert shared["weight_bank"]
+    assert shared["stem"]
+    assert shared["dropped_relus"] > 0
+    assert plain == {"weight_bank": False, "stem": False, "dropped_relus": 0}
