@@ -1,5 +1,7 @@
 """Devices: tests that need CUDA are collected everywhere and skipped, with the reason."""
 
+import signal
+
 import pytest
 import torch
 
@@ -23,3 +25,11 @@ def device(request):
     same_every_time = {"benchmark": False, "deterministic": True, "allow_tf32": False}
     with torch.device(request.param), torch.backends.cudnn.flags(**same_every_time):
         yield request.param
+
+
+@pytest.fixture
+def heeding_interrupts():
+    """Python's own handler of Ctrl-C; a shell starts what runs in its background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

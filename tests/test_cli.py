@@ -335,6 +335,7 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
     finished_run, limpq, tmp_path, monkeypatch, number
