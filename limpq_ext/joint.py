@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from .execution import Bits, BranchRunner, Captured
 from .indicators import Indicators
 from .prepare import quantized_layers
+from .quantizers import WeightQuantizer
 from .training import device_of
 from .updates import Update
 
@@ -175,6 +176,8 @@ class JointTrainer:
         """
         if not self.model.training:
             self.model.train()
+        if self._eager_steps == 0:
+            self._start_weights()
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
         captured = self._capture(x, target, draw) if self.cuda_graph else None
@@ -259,6 +262,12 @@ class JointTrainer:
             ValueError: A step size is NaN or infinite; the message names its layer.
         """
         return Indicators.from_model(self.model, {"steps": self.steps, "seed": self.seed})
+
+    def _start_weights(self) -> None:
+        """Give weights that were all 0 before their start values, which no weight bank does."""
+        for layer in self.layers.values():
+            if isinstance(layer.weight_quantizer, WeightQuantizer):
+                layer.weight_quantizer.start(layer.weight)
 
     def _gradients(self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False) -> Gradients:
         """Run all branches; their gradients add up. The losses and outputs by branch, detached."""

@@ -41,7 +41,8 @@ class LsqQuantizer(nn.Module):
         symmetric: Leave out the lowest value of a signed range.
         channels: Number of scales per bit-width; 1 is one scale for the whole tensor.
         channel_axis: The axis that the scales belong to where ``channels`` is given.
-        scale_min: Scales below this act as this and get no gradient.
+        scale_min: Scales below this act as this and get no gradient. Positive, also in the type
+            that the operators compute in, float32 unless the scales are float64.
         scale_max: Scales above this act as this and get no gradient (LIMPQ's own code: 1.0).
         name: What errors call this quantizer.
 
@@ -56,7 +57,8 @@ class LsqQuantizer(nn.Module):
         initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
 
     Raises:
-        ValueError: A bit-width is outside 2 to 16 or stands twice, or there is none.
+        ValueError: A bit-width is outside 2 to 16 or stands twice, or there is none; a bound of the
+            scales is not positive, or the lower one is above the upper one.
     """
 
     initialized: Tensor
@@ -85,6 +87,7 @@ class LsqQuantizer(nn.Module):
         self.selected: Tensor | None = None
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.scale = nn.Parameter(torch.ones(shape))
+        _check_bounds(name or "quantizer", scale_min, scale_max, self.scale.dtype)
         self.register_buffer("initialized", torch.zeros(len(self.bits), dtype=torch.bool))
         # -1: not decided yet, 0: unsigned, 1: signed.
         state = -1 if signed is None else int(signed)
@@ -142,9 +145,13 @@ class LsqQuantizer(nn.Module):
         self._ranges = [self.thresholds(bits) for bits in self.bits]
 
     def set_scale(self, index: int, value: Tensor) -> None:
-        """Give the step size of the ``index``-th bit-width its start value."""
+        """Give the step size of the ``index``-th bit-width its start value.
+
+        Beyond the bounds it would never get a gradient: it begins at the upper one at most, and at
+        least at twice the lower one, which leaves it room to fall and to be rounded.
+        """
         with torch.no_grad():
-            self.scale[index].copy_(value)
+            self.scale[index].copy_(value.clamp(2 * self.scale_min, self.scale_max))
             self.initialized[index] = True
         self._ready[index] = True
 
@@ -195,6 +202,9 @@ class LsqQuantizer(nn.Module):
 class WeightQuantizer(LsqQuantizer):
     """Quantizes weights: signed, its start values taken from the weights it is made for.
 
+    Weights that are all 0 have none; then they are taken from the first weights that are quantized.
+    A single channel of zeros starts at the mean of the others.
+
     Args:
         weight: The float weights, any shape.
         bits: As for :class:`LsqQuantizer`.
@@ -216,15 +226,40 @@ class WeightQuantizer(LsqQuantizer):
         channels = weight.shape[channel_axis] if per_channel else None
         super().__init__(bits, signed=True, channels=channels, channel_axis=channel_axis, **options)
         self.to(weight.device)
+        if weight.is_meta or bool(weight.detach().any()):
+            self.start(weight)
+
+    def start(self, weight: Tensor) -> None:
+        """Give every step size that has no start value the one that these weights have.
+
+        Raises:
+            ValueError: The weights are all 0.
+        """
         for index, width in enumerate(self.bits):
-            self.set_scale(index, weight_start_scale(weight, width, channel_axis=self.channel_axis))
+            if self._ready[index]:
+                continue
+            scale = weight_start_scale(weight, width, channel_axis=self.channel_axis)
+            if not weight.is_meta:
+                started = scale != 0
+                if not bool(started.any()):
+                    raise ValueError(
+                        f"{self.name or 'weight quantizer'}: all weights are 0, which gives no step"
+                        " size to start at: train or load the float weights first, or exclude the"
+                        " layer"
+                    )
+                scale = torch.where(started, scale, scale[started].mean())
+            self.set_scale(index, scale)
+
+    def _start(self, x: Tensor) -> None:
+        self.start(x)
 
 
 class ActivationQuantizer(LsqQuantizer):
     """Quantizes activations: start values and sign come from the first training batch it sees.
 
     Signed where that batch has a negative value, else unsigned; the choice is kept and saved. Every
-    bit-width takes its start value from the first batch that runs at it.
+    bit-width takes its start value from the first batch that runs at it; one that is empty, not
+    finite or holds nothing but zeros is a ValueError.
 
     Args:
         bits: As for :class:`LsqQuantizer`.
@@ -256,6 +291,12 @@ class ActivationQuantizer(LsqQuantizer):
             raise ValueError(
                 f"{self.name or 'activation quantizer'}: the first batch has a NaN or an infinity"
             )
+        if mean == 0:
+            raise ValueError(
+                f"{self.name or 'activation quantizer'}: the first batch holds nothing but zeros,"
+                " which gives no step size to start at: begin with another batch, or exclude the"
+                " layer"
+            )
         if self._signed is None:
             self._decide(lowest_value < 0)
             self.signed_range.fill_(int(self._signed))
@@ -283,6 +324,19 @@ def weight_start_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 
     scale = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
     scale = scale / 2 ** (bits - 1)
     return scale[0] if channel_axis is None else scale
+
+
+def _check_bounds(name: str, scale_min: float, scale_max: float, dtype: torch.dtype) -> None:
+    """Refuse bounds that are no positive range in the type that the operators compute in."""
+    computing = torch.float64 if dtype == torch.float64 else torch.float32
+    for bound, value in (("scale_min", scale_min), ("scale_max", scale_max)):
+        used = float(torch.tensor(value, dtype=computing))
+        if not used > 0 or (bound == "scale_min" and math.isinf(used)):
+            kind = str(computing).removeprefix("torch.")
+            what = f", which is {used} in {kind}" if used != value else ""
+            raise ValueError(f"{name}: {bound} is {value}{what}, expected a positive number")
+    if scale_min > scale_max:
+        raise ValueError(f"{name}: scale_min is {scale_min}, above scale_max, {scale_max}")
 
 
 def check_candidates(bits: Sequence[int]) -> tuple[int, ...]:

@@ -370,3 +370,19 @@ def test_a_cuda_graph_needs_a_model_on_cuda_and_no_compiler():
     model, x, _ = problem()
     with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
         trainer_of(model, x, cuda_graph=True)
+
+
+def test_weights_that_were_loaded_over_zeros_start_at_what_they_are_now():
+    model, x, target = problem("no_norm")
+    weight = model.hidden.weight.detach().clone()
+    nn.init.zeros_(model.hidden.weight)
+    trainer = trainer_of(model, x)
+    with pytest.raises(ValueError, match="layer 'hidden': weight quantizer: all weights are 0"):
+        trainer.step(x, target)
+    with torch.no_grad():
+        trainer.model.hidden.weight.copy_(weight)
+        model.hidden.weight.copy_(weight)
+    usual = trainer_of(model, x)
+    trainer.step(x, target)
+    usual.step(x, target)
+    assert trainer.indicators().layers == usual.indicators().layers

@@ -121,7 +121,8 @@ def test_only_the_selected_scale_gets_a_gradient():
 @pytest.mark.usefixtures("device")
 def test_the_cap_bounds_the_scale_and_stops_its_gradient():
     quantizer = LsqQuantizer((4,), signed=True, scale_max=1.0)
-    quantizer.set_scale(0, torch.tensor(2.0))
+    quantizer.set_scale(0, torch.tensor(1.0))
+    torch.nn.init.constant_(quantizer.scale, 2.0)
     x = torch.randn(50)
     y = quantizer(x)
     assert torch.equal(y, lsq_fake_quantize(x, torch.tensor(1.0), -8, 7))
@@ -141,3 +142,70 @@ def test_a_nan_in_the_first_batch_does_not_pass_as_a_scale():
     quantizer = ActivationQuantizer((4,), name="layer 'conv2': input quantizer").train()
     with pytest.raises(ValueError, match=r"layer 'conv2': input quantizer: the first batch"):
         quantizer(torch.tensor([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("bound", ["scale_min", "scale_max"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-50, math.nan])
+def test_a_bound_of_the_scales_that_is_not_positive_in_float32_is_refused(bound, value):
+    with pytest.raises(ValueError, match=f"layer 'a': {bound} is {value}.*expected a positive"):
+        LsqQuantizer((4,), signed=True, name="layer 'a'", **{bound: value})
+
+
+def test_a_lower_bound_above_the_upper_one_is_refused():
+    with pytest.raises(ValueError, match=r"scale_min is 0\.5, above scale_max, 0\.1"):
+        LsqQuantizer((4,), signed=True, scale_min=0.5, scale_max=0.1)
+    with pytest.raises(ValueError, match="scale_min is inf"):
+        LsqQuantizer((4,), signed=True, scale_min=math.inf)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_first_batch_of_zeros_is_an_error_and_leaves_nothing_behind():
+    quantizer = ActivationQuantizer((2, 4), name="layer 'conv2': input quantizer").train()
+    with pytest.raises(ValueError, match=r"layer 'conv2': input quantizer: .* nothing but zeros"):
+        quantizer(torch.zeros(3, 4))
+    assert quantizer.signed is None
+    assert not quantizer.initialized.any()
+    quantizer(-torch.ones(3, 4))
+    assert quantizer.signed is True
+
+
+@pytest.mark.usefixtures("device")
+def test_weights_of_zeros_start_at_the_first_weights_that_are_not():
+    weight = torch.zeros(4, 5)
+    quantizer = WeightQuantizer(weight, (2, 4), name="layer 'head': weight quantizer")
+    assert not quantizer.initialized.any()
+    with pytest.raises(ValueError, match=r"layer 'head': weight quantizer: all weights are 0"):
+        quantizer(weight)
+    weight.normal_()
+    quantizer(weight)
+    expected = WeightQuantizer(weight, (2, 4)).scale
+    assert torch.equal(quantizer.scale, expected)
+    assert quantizer.initialized.all()
+
+
+def test_scales_that_were_loaded_need_no_weights_to_start_from():
+    trained = WeightQuantizer(torch.ones(4, 5), (4,))
+    loaded = WeightQuantizer(torch.zeros(4, 5), (4,))
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(loaded(torch.ones(4, 5)), trained(torch.ones(4, 5)))
+
+
+@pytest.mark.usefixtures("device")
+def test_a_channel_of_zeros_starts_at_the_mean_of_the_others():
+    weight = torch.randn(4, 10)
+    weight[1] = 0
+    quantizer = WeightQuantizer(weight, (3,), per_channel=True)
+    others = quantizer.scale[0, [0, 2, 3]]
+    assert float(quantizer.scale[0, 1]) == pytest.approx(float(others.mean()))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_a_start_value_beyond_the_bounds_is_taken_to_them_and_still_learns(size):
+    generator = torch.Generator().manual_seed(0)
+    weight = size * torch.randn(50, generator=generator).to(torch.get_default_device())
+    activation = ActivationQuantizer((4,), scale_max=1.0).train()
+    for quantizer in (WeightQuantizer(weight, (4,), scale_max=1.0), activation):
+        quantizer(weight).sum().backward()
+        assert quantizer.scale_min < quantizer.scale.item() <= quantizer.scale_max
+        assert float(quantizer.scale.grad) != 0
