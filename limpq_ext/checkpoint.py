@@ -25,7 +25,7 @@ import torch
 
 from .distributed import agree, from_main, gather, is_distributed, is_main, rank, world_size
 from .files import FileFormatError, open_atomically, read_bytes, remove_leftovers
-from .indicators import StepSizes
+from .indicators import KINDS, StepSizes, check_started
 from .quantizers import mean_step_sizes
 
 FORMAT = "limpq-checkpoint"
@@ -214,16 +214,25 @@ def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
     Raises:
         OSError: If the file cannot be read.
         FileFormatError: If it holds no joint training.
+        ValueError: If a step size has no start value yet.
     """
     state = _joint_state(load_plain(path, "checkpoint"))
     if state is None:
         raise FileFormatError("holds no state of a joint training")
+    tensors, bounds = state["model"], state.get("scale_bounds", {})
     ending = ".weight_quantizer.scale"
-    for name in (key.removesuffix(ending) for key in state["model"] if key.endswith(ending)):
-        scales = (state["model"][f"{name}.{kind}_quantizer.scale"] for kind in ("weight", "input"))
+    for name in (key.removesuffix(ending) for key in tensors if key.endswith(ending)):
+        quantizers = [f"{name}.weight_quantizer", f"{name}.input_quantizer"]
+        check_started(
+            (name, kind, state["bits"], tensors[f"{quantizer}.initialized"].tolist())
+            for kind, quantizer in zip(KINDS, quantizers, strict=True)
+        )
         weight, activation = (
-            dict(zip(state["bits"], mean_step_sizes(scale).tolist(), strict=True))
-            for scale in scales
+            dict(zip(state["bits"], sizes.tolist(), strict=True))
+            for sizes in (
+                mean_step_sizes(tensors[f"{quantizer}.scale"], *bounds.get(quantizer, ()))
+                for quantizer in quantizers
+            )
         )
         yield name, weight, activation
 

@@ -213,13 +213,26 @@ class Indicators:
 
         Raises:
             ValueError: If there are no quantized layers, their candidates differ, or a step size is
-                NaN or infinite; the message names its layer.
+                NaN or infinite or was never given its start value by a batch in training mode; the
+                message names its layer.
         """
         from limpq_ext.prepare import quantized_layers
 
+        found = quantized_layers(model)
+        quantizers = {
+            (name, kind): quantizer
+            for name, layer in found.items()
+            for kind, quantizer in zip(
+                KINDS, (layer.weight_quantizer, layer.input_quantizer), strict=True
+            )
+        }
+        check_started(
+            (*key, quantizer.bits, quantizer.initialized.tolist())
+            for key, quantizer in quantizers.items()
+        )
         layers = tuple(
-            LayerIndicators(name, layer.weight_quantizer.values(), layer.input_quantizer.values())
-            for name, layer in quantized_layers(model).items()
+            LayerIndicators(name, *(quantizers[name, kind].values() for kind in KINDS))
+            for name in found
         )
         return cls(tuple(layers[0].weight) if layers else (), layers, dict(meta or {}))
 
@@ -235,7 +248,8 @@ class Indicators:
 
         Raises:
             OSError: If the file is missing (FileNotFoundError) or cannot be read.
-            FileFormatError: If it holds no joint training or its step sizes are not valid.
+            FileFormatError: If it holds no joint training, or its step sizes are not valid or have
+                no start values yet.
         """
         from limpq_ext.checkpoint import read_step_sizes
 
@@ -359,6 +373,29 @@ class Indicators:
                     )
             layers.append(LayerIndicators(layer.name, repaired["weight"], repaired["activation"]))
         return dataclasses.replace(self, layers=tuple(layers)), tuple(records)
+
+
+def check_started(
+    found: Iterable[tuple[str, Kind, Sequence[int], Sequence[bool]]],
+) -> None:
+    """Make sure that step sizes are learned ones, or at least start values.
+
+    Args:
+        found: Layer, kind, candidate bits, and for each of them whether it has its start value.
+
+    Raises:
+        ValueError: One has none; the message names all such layers.
+    """
+    lacking = [
+        f"layer {name!r} ({kind}s at {', '.join(str(b) for b in absent)} bits)"
+        for name, kind, bits, started in found
+        if (absent := [b for b, has in zip(bits, started, strict=True) if not has])
+    ]
+    if lacking:
+        raise ValueError(
+            f"step sizes without a start value: {', '.join(lacking)}; no training batch has gone"
+            " through them yet: train the model with JointTrainer, or calibrate it"
+        )
 
 
 _OUTCOMES: Final[dict[Rule, Action]] = {

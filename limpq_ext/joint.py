@@ -10,6 +10,7 @@ comes before the first searchable layer. The gradients are those of the plain lo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_map
 from .execution import Bits, BranchRunner, Captured
 from .indicators import Indicators
 from .prepare import quantized_layers
-from .quantizers import WeightQuantizer
+from .quantizers import LsqQuantizer, WeightQuantizer
 from .training import device_of
 from .updates import Update
 
@@ -58,7 +59,8 @@ class JointTrainer:
 
     Args:
         model: What :func:`limpq_ext.prepare` returned.
-        optimizer: Over the model's parameters. One that got no gradient is not touched.
+        optimizer: Over the model's parameters, all step sizes among them. A parameter that got no
+            gradient is not touched.
         loss_fn: ``loss_fn(model(x), target)``, a scalar.
         distill: The highest bit-width learns from the target and teaches the other branches by
             cross entropy with its softmax (in-place distillation); outputs must be class scores.
@@ -91,8 +93,9 @@ class JointTrainer:
     averaged once per step, before they are clipped.
 
     Raises:
-        ValueError: The model is not prepared, its layers have different candidates, or an argument
-            is out of range.
+        ValueError: The model is not prepared or wrapped for several processes, its layers have
+            different candidates, the optimizer does not hold all its step sizes, or an argument is
+            out of range.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class JointTrainer:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
             compile_forward = compile_forward or model.dynamo_ctx
             model = model._orig_mod
+        _refuse_wrapped(model)
         self.layers = quantized_layers(model)
         if not self.layers:
             raise ValueError(
@@ -132,6 +136,7 @@ class JointTrainer:
             )
         if not clip_value > 0:
             raise ValueError(f"clip_value is {clip_value}, expected a positive number")
+        _check_optimizer(model, optimizer)
         device = device_of(model)
         if cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph needs a model on a CUDA device, this one is on {device}")
@@ -224,6 +229,11 @@ class JointTrainer:
             "update": self._update.state_dict(),
             "seed": self.seed,
             "bits": list(self._runner.candidates),
+            "scale_bounds": {
+                name: [module.scale_min, module.scale_max]
+                for name, module in self.model.named_modules()
+                if isinstance(module, LsqQuantizer)
+            },
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -330,6 +340,37 @@ class JointTrainer:
         for bits in self.bits:
             yield str(bits), dict.fromkeys(self.layers, bits)
         yield RANDOM_BRANCH, draw
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """A joint step exchanges gradients itself, once, and needs whole tensors for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported where a model is of its classes
+    sharded = [fsdp.FSDPModule, fsdp.FullyShardedDataParallel] if fsdp else []
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, *sharded)
+    for module in model.modules():
+        kind = next((wrapper for wrapper in wrappers if isinstance(module, wrapper)), None)
+        if kind is not None:
+            inside = "before it was sharded" if kind in sharded else "inside, .module"
+            raise ValueError(
+                f"JointTrainer does not take a model in {kind.__name__}: pass the model {inside};"
+                " in processes that torchrun starts it averages their gradients itself"
+            )
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that the optimizer trains the step sizes, which are what is learned here."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    scales = {
+        name: module.scale
+        for name, module in model.named_modules()
+        if isinstance(module, LsqQuantizer)
+    }
+    lacking = [name for name, scale in scales.items() if id(scale) not in held]
+    if lacking:
+        raise ValueError(
+            f"the optimizer does not hold {len(lacking)} of the model's {len(scales)} step sizes,"
+            f" such as '{lacking[0]}.scale': make it over the parameters of the prepared model"
+        )
 
 
 def _detached(value: Any) -> Any:

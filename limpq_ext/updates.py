@@ -71,9 +71,14 @@ class Update:
 
         Raises:
             NonFiniteError: A loss or gradient is NaN or infinite.
+            ValueError: No parameter that the optimizer holds got a gradient.
         """
         step, branches, batch = self.steps + 1, tuple(losses), (x, target)
         values = self._exchange.run(torch.stack(list(losses.values())))
+        if all(p.grad is None for p in self._parameters()):
+            raise ValueError(
+                f"step {step}: the loss depends on none of the parameters that the optimizer holds"
+            )
         if capture and holds_back(self.optimizer):
             self.watch.expect(step, branches, values, batch)
             if self._captured is None or not self._captured.fits(values):

@@ -8,7 +8,8 @@ from networks import Attending, Depthwise, NoNorm, PreActivation, Shared, Upsamp
 from torch import nn
 from torch.nn import functional as F
 
-from limpq_ext import JointTrainer, prepare, quantized_layers
+from limpq_ext import Indicators, JointTrainer, prepare, quantized_layers
+from limpq_ext.files import FileFormatError
 from limpq_ext.layers import SwitchableBatchNorm
 from limpq_ext.models import CifarResNet
 
@@ -386,3 +387,109 @@ def test_weights_that_were_loaded_over_zeros_start_at_what_they_are_now():
     trainer.step(x, target)
     usual.step(x, target)
     assert trainer.indicators().layers == usual.indicators().layers
+
+
+def test_an_optimizer_without_the_step_sizes_is_an_error_in_one_sentence():
+    model, x, _ = problem()
+    prepared = prepare(model, BITS, example_input=x)
+    foreign = torch.optim.SGD(model.parameters(), lr=0.1)
+    weights = torch.optim.SGD(
+        [p for name, p in prepared.named_parameters() if not name.endswith("r.scale")], lr=0.1
+    )
+    for optimizer in (foreign, weights):
+        with pytest.raises(ValueError, match=r"does not hold 6 of the model's 6 step sizes, such"):
+            JointTrainer(prepared, optimizer, F.cross_entropy)
+
+
+def test_indicators_of_a_model_that_was_never_trained_are_an_error_that_names_the_layers():
+    model, x, target = problem()
+    trainer = trainer_of(model, x)
+    with pytest.raises(
+        ValueError,
+        match=r"layer 'expand' \(activations at 2, 4, 6 bits\), layer 'depthwise' .*'project'",
+    ):
+        Indicators.from_model(trainer.model)
+    layers = quantized_layers(trainer.model)
+    for layer in layers.values():
+        layer.select(4, 4)
+    trainer.model.train()(x)
+    with pytest.raises(ValueError, match=r"'expand' \(activations at 2, 6 bits\)"):
+        trainer.indicators()
+    trainer.step(x, target)
+    assert [layer.name for layer in trainer.indicators().layers] == list(layers)
+
+
+def test_indicators_from_a_checkpoint_are_those_of_the_trainer_with_bounded_scales(tmp_path):
+    model, x, target = problem()
+    prepared = prepare(model, BITS, example_input=x, scale_max=0.25)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    trainer = JointTrainer(prepared, optimizer, F.cross_entropy)
+    torch.save(trainer.state_dict(), tmp_path / "before.pt")
+    with pytest.raises(FileFormatError, match=r"before\.pt: step sizes without a start value"):
+        Indicators.from_checkpoint(tmp_path / "before.pt")
+    trainer.step(x, target)
+    with torch.no_grad():
+        prepared.expand.weight_quantizer.scale.fill_(3.0)
+    torch.save(trainer.state_dict(), tmp_path / "after.pt")
+    found = Indicators.from_checkpoint(tmp_path / "after.pt")
+    assert found.layers == trainer.indicators().layers
+    assert set(found.layers[0].weight.values()) == {0.25}
+
+
+def test_a_loss_that_reaches_no_parameter_is_an_error_in_one_sentence():
+    model, x, target = problem()
+    trainer = trainer_of(model, x)
+    trainer.loss_fn = lambda output, target: torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="step 1: the loss depends on none of the parameters"):
+        trainer.step(x, target)
+
+
+def wrapped_data_parallel(model):
+    return nn.DataParallel(model), ".module"
+
+
+def wrapped_distributed(model):
+    return nn.parallel.DistributedDataParallel(model), ".module"
+
+
+def wrapped_inside(model):
+    model.expand = nn.DataParallel(model.expand)
+    return model, ".module"
+
+
+def wrapped_fully_sharded(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu")), "before it was sharded"
+
+
+def wrapped_sharded_in_place(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,))), "before it was sharded"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        wrapped_data_parallel,
+        wrapped_distributed,
+        wrapped_inside,
+        wrapped_fully_sharded,
+        wrapped_sharded_in_place,
+    ],
+)
+def test_a_model_wrapped_for_several_devices_is_refused_with_what_to_pass(wrap, tmp_path):
+    model, x, _ = problem()
+    prepared = prepare(model, BITS, example_input=x)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        wrapped, advice = wrap(prepared)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=rf"JointTrainer does not take .*: pass .*{advice};"):
+            JointTrainer(wrapped, optimizer, F.cross_entropy)
+    finally:
+        torch.distributed.destroy_process_group()
