@@ -14,7 +14,7 @@ import inspect
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from .attention import ProjectedAttention, ProjectedWindows
+from .inputs import call
 from .layers import QuantizedLayer, SwitchableBatchNorm, with_class
 from .quantizers import LsqQuantizer
 
@@ -47,7 +48,7 @@ class BranchGraph:
 
     Args:
         model: What :func:`limpq_ext.prepare` returned, in training mode.
-        x: A batch that the model takes; the graph is checked on it.
+        x: The inputs of a batch, as for :func:`limpq_ext.inputs.call`; the graph is checked on it.
         share_stem: Cut the stem off; else ``rest`` is the whole model.
         drop_relu: Let unsigned quantizers take over the ReLU or ReLU6 in front of them.
 
@@ -74,7 +75,7 @@ class BranchGraph:
         # What the model itself raises is no matter of its graph.
         values = _values(model, model, x)
         with _untraceable(model):
-            graph_module = _trace(model)
+            graph_module = _trace(model, x)
             _check_same_values(values, model, graph_module, x)
             self._build(graph_module, x, share_stem=share_stem, drop_relu=drop_relu)
 
@@ -92,22 +93,22 @@ class BranchGraph:
             self.stem, self.rest = stem, rest
             self._norms = [module for module in stem.modules() if isinstance(module, _NormBase)]
 
-    def forward_stem(self, x: Any, branches: int) -> tuple[Any, ...]:
+    def forward_stem(self, x: Any, branches: int) -> Any:
         """Compute what the branches share.
 
         Args:
-            x: The batch.
+            x: The inputs of the batch.
             branches: How many branches will use it: the running statistics of the stem's batch
                 normalisation become what that many updates leave.
 
         Returns:
-            The arguments of ``rest``. Tensors among them are leaves that collect the gradients of
-            all branches until :meth:`backward_stem`.
+            The inputs of ``rest``: ``x`` where there is no stem. Else tensors among them are leaves
+            that collect the gradients of all branches until :meth:`backward_stem`.
         """
         if self.stem is None:
-            return (x,)
+            return x
         with _counting_for(self._norms, branches):
-            self._outputs = self.stem(x)
+            self._outputs = call(self.stem, x)
         self._values = tuple(_leaf(value) for value in self._outputs)
         return self._values
 
@@ -131,21 +132,29 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
+def _trace(model: nn.Module, x: Any) -> fx.GraphModule:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise UntraceableError(f"module '{name}' has hooks, which a graph would not call")
-    return fx.GraphModule(model, _Tracer().trace(_with_one_input(model)))
+    return fx.GraphModule(model, _Tracer().trace(_with_inputs_alone(model, x)))
 
 
-def _with_one_input(model: nn.Module) -> nn.Module:
-    """A twin whose forward has one argument; torch.fx would take defaults of others for tensors."""
+def _with_inputs_alone(model: nn.Module, x: Any) -> nn.Module:
+    """A twin whose forward has the inputs of a batch as its arguments, and no optional ones.
+
+    torch.fx would take the defaults of others for tensors. It reads the arguments from the code of
+    the forward, so that has to be made for them.
+    """
     own: Any = type(model)
-
-    def forward(self: nn.Module, x: Any) -> Any:
-        return own.forward(self, x)
-
-    return with_class(model, type(own.__name__, (own,), {"forward": forward}))
+    if isinstance(x, Mapping):
+        names = [str(name) for name in x]
+        given = [f"{name}={name}" for name in names]
+    else:
+        names = given = [f"input_{i}" for i in range(len(x))] if isinstance(x, tuple | list) else ["x"]
+    if not all(name.isidentifier() for name in names):
+        raise UntraceableError(f"the inputs are called {names}")
+    source = f"lambda self, {', '.join(names)}: own.forward(self, {', '.join(given)})"
+    return with_class(model, type(own.__name__, (own,), {"forward": eval(source, {"own": own})}))
 
 
 @contextmanager
@@ -165,8 +174,8 @@ def _untraceable(model: nn.Module) -> Iterator[None]:
 
 def _values(forward: nn.Module, model: nn.Module, x: Any) -> list[Any]:
     """What a forward gives; the model's buffers and the random state are put back."""
-    with torch.no_grad(), _buffers_kept(model), torch.random.fork_rng(_gpus(model)):
-        return tree_leaves(forward(x))
+    with torch.no_grad(), buffers_kept(model), torch.random.fork_rng(_gpus(model)):
+        return tree_leaves(call(forward, x))
 
 
 def _check_same_values(
@@ -191,7 +200,7 @@ def _nearly_equal(first: Any, second: Any) -> bool:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put buffers back, but for those of quantizers, which keep the start that they made."""
     kept = [
         (buffer, buffer.clone())
@@ -387,9 +396,9 @@ def _differs_by_call(stem: fx.GraphModule, x: Any) -> str:
     others = {name: buffer for name, buffer in stem.named_buffers() if id(buffer) not in own}
     versions = {name: buffer._version for name, buffer in others.items()}
     gpus = _gpus(stem)
-    with torch.no_grad(), _buffers_kept(stem), torch.random.fork_rng(gpus):
+    with torch.no_grad(), buffers_kept(stem), torch.random.fork_rng(gpus):
         before = _random_states(gpus)
-        stem(x)
+        call(stem, x)
         after = _random_states(gpus)
         if any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)):
             return "it draws random numbers"

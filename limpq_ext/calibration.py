@@ -7,12 +7,15 @@ import itertools
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
+from .branches import buffers_kept
 from .distributed import broadcast_state
 from .evaluation import Batches
+from .inputs import call, moved
+from .layers import SwitchableBatchNorm
 from .prepare import quantized_layers, select_bits
-from .training import device_of
+from .quantizers import LsqQuantizer
+from .training import device_of, modes_kept
 
 
 @torch.no_grad()
@@ -20,11 +23,12 @@ def calibrate(model: nn.Module, batches: Batches) -> None:
     """Make a quantized model usable without training, for a first look.
 
     Activation scales take their start values (LSQ's) from the first batch, at all bit-widths. Where
-    every layer has one bit-width, batch normalisation is estimated anew from all batches.
+    every layer has one bit-width, batch normalisation is estimated anew from all batches; else it
+    stays as it is.
 
     Args:
-        model: What :func:`limpq_ext.prepare` or :func:`limpq_ext.apply_policy` returned; it is put
-            back into the mode it was in.
+        model: What :func:`limpq_ext.prepare` or :func:`limpq_ext.apply_policy` returned; its
+            modules are put back into the modes, and its layers to the bits, that they had.
         batches: Some training batches, on any device; their targets do not matter.
 
     Raises:
@@ -37,41 +41,89 @@ def calibrate(model: nn.Module, batches: Batches) -> None:
     first = next(rest, None)
     if first is None:
         raise ValueError("there are no batches to calibrate with")
-    training = model.training
-    model.train()
-    x = first[0].to(device_of(model))
+    x, _ = moved(first, device_of(model))
     candidates = {layer.weight_quantizer.bits for layer in layers.values()}
     several = any(len(bits) > 1 for bits in candidates)
-    if several:
-        for bits in sorted({b for choice in candidates for b in choice}):
-            select_bits(model, bits)
-            model(x)
-    else:
-        model(x)
-    model.train(training)
+    with modes_kept(model), buffers_kept(model):
+        _start_training(model)
+        for module in model.modules():
+            if isinstance(module, LsqQuantizer):
+                module.train()
+        if several:
+            selected = {
+                name: (layer.weight_bits, layer.activation_bits) for name, layer in layers.items()
+            }
+            try:
+                for bits in sorted({b for choice in candidates for b in choice}):
+                    select_bits(model, bits)
+                    call(model, x)
+            finally:
+                select_bits(model, selected)
+        else:
+            call(model, x)
     if not several:
         reestimate_batch_norm(model, itertools.chain([first], rest))
 
 
+@torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
     """Compute the running statistics of batch normalisation anew, as plain means over batches.
 
     Quantization moves the statistics that were collected in float or in the course of a training.
-    In a run of several processes all get the statistics of process 0.
+    Of a prepared model those at the selected bits are computed, the others are kept. In a run of
+    several processes all get the statistics of process 0.
 
     Args:
-        model: Runs the batches in training mode; it is put back into the mode it was in, and
-            nothing but the statistics changes.
+        model: Runs the batches in training mode; its modules are put back into the modes they were
+            in, and nothing but the statistics changes. Where the model is in training mode, a batch
+            normalisation that is in evaluation mode keeps its statistics.
         batches: Some batches; their targets do not matter.
 
     Raises:
         ValueError: There are no batches.
     """
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
         return
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
         raise ValueError("there are no batches to estimate batch normalisation from")
-    update_bn(itertools.chain([first], rest), model, device_of(model))
+    device = device_of(model)
+    momenta = [norm.momentum for norm in norms]
+    with modes_kept(model):
+        _start_training(model)
+        for norm in norms:
+            if norm.training:
+                _reset(norm)
+                norm.momentum = None  # a plain mean over the batches since the reset
+        try:
+            for batch in itertools.chain([first], rest):
+                x, _ = moved(batch, device)
+                call(model, x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     broadcast_state(model, buffers_only=True)
+
+
+def _start_training(model: nn.Module) -> None:
+    """Training mode, but what is in evaluation mode within a model that trains stays frozen."""
+    if not model.training:
+        model.train()
+
+
+def _reset(norm: _BatchNorm) -> None:
+    """Forget the statistics, of a switchable one those of the selected row."""
+    if not isinstance(norm, SwitchableBatchNorm):
+        norm.reset_running_stats()
+        return
+    row = norm.row(norm._row)
+    for name, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+        value = row[name]
+        assert value is not None
+        value.fill_(start)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .distributed import add_up, gather
-from .training import StepDone, device_of, length_of
+from .inputs import call, moved
+from .training import StepDone, device_of, length_of, modes_kept
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Inputs and class indices."""
+Batches = Iterable[tuple[Any, Tensor]]
+"""Inputs, as for :func:`limpq_ext.inputs.call`, and class indices."""
 
 TOP = 5
 """Of how many best scores one has to be the class for `Evaluation.top5`."""
@@ -63,14 +64,15 @@ class Confusion:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Batches, *, on_step: StepDone | None = None) -> Evaluation:
-    """Evaluate a classifier; it is put back into the mode it was in.
+    """Evaluate a classifier; every module of it is put back into the mode it was in.
 
     In a run of several processes each evaluates the batches of its own loader, and all get the
     result over all of them; :func:`limpq_ext.data.make_loader` gives each its share.
 
     Args:
         model: Maps a batch to class scores ``[batch, classes]``.
-        loader: Batches of inputs and class indices; moved to the model's device.
+        loader: Pairs of inputs (a tensor, a tuple or list of positional ones, or a dict of keyword
+            ones) and class indices; moved to the model's device.
         on_step: Called after every batch.
 
     Raises:
@@ -151,10 +153,12 @@ def _scores(
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """What the models say to every batch, in evaluation mode, and its targets."""
     device = device_of(models[0])
-    with _evaluating(models):
-        for step, (x, target) in enumerate(loader, start=1):
-            x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
-            yield [model(x) for model in models], target
+    with modes_kept(*models):
+        for model in models:
+            model.eval()
+        for step, batch in enumerate(loader, start=1):
+            x, target = moved(batch, device)
+            yield [call(model, x) for model in models], target
             if on_step is not None:
                 on_step(step, length_of(loader))
 
@@ -170,15 +174,3 @@ def _added(
         totals = torch.zeros(length, dtype=torch.float64, device=device)
     totals = add_up(totals).cpu()
     return totals[:apart].tolist(), totals[apart:]
-
-
-@contextmanager
-def _evaluating(models: list[nn.Module]) -> Iterator[None]:
-    training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .bank import WeightBank, add_gradient
 from .branches import BranchGraph, UntraceableError
+from .inputs import call
 from .layers import QuantizedLayer, SwitchableBatchNorm
 
 Results = TypeVar("Results")
@@ -77,7 +78,7 @@ class BranchRunner:
     def run_alone(self, x: Any, bits: Bits) -> Any:
         """The output of one branch, nothing shared; its gradients go straight to the parameters."""
         self._select(bits)
-        return self.model(x)
+        return call(self.model, x)
 
     @contextmanager
     def step(
@@ -86,7 +87,7 @@ class BranchRunner:
         """Run branches on a batch; at the end of the block the parameters have their gradients.
 
         Args:
-            x: The batch.
+            x: The inputs of the batch.
             branches: How many will run; each one's backward has to follow its forward.
             by_tensor: Bits that a tensor selects, as a captured graph needs it: a branch that is
                 given this very object reads them from the device, where :meth:`set_selection`
@@ -102,14 +103,14 @@ class BranchRunner:
             self._bank.quantize()
             torch.clear_autocast_cache()  # of the last step's quantized weights
         self._rows = [r if r.is_current() else _NormRows(r.norm) for r in self._rows]
-        arguments = (x,) if self._graph is None else self._graph.forward_stem(x, branches)
+        inputs = x if self._graph is None else self._graph.forward_stem(x, branches)
 
         def run(bits: Bits) -> Any:
             # The first step gives quantizers their start values, which no graph does.
             compiled = self._compiled if self._steps > 1 else None
             self._use(bits, by_tensor=compiled is not None or bits is by_tensor)
             forward = self.model if self._graph is None else self._graph.rest
-            return (forward if compiled is None else compiled)(*arguments)
+            return call(forward if compiled is None else compiled, inputs)
 
         try:
             yield run

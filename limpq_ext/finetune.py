@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .calibration import reestimate_batch_norm
 from .checkpoint import Stateful
+from .inputs import call
 from .metrics import Meter, Record
 from .training import (
     EpochDone,
@@ -22,6 +23,7 @@ from .training import (
     batches_of_epoch,
     device_of,
     make_optimizer,
+    modes_kept,
     run_epochs,
 )
 from .updates import Update
@@ -29,7 +31,7 @@ from .updates import Update
 
 def finetune(
     model: nn.Module,
-    train_loader: Iterable[tuple[Tensor, Tensor]],
+    train_loader: Iterable[tuple[Any, Tensor]],
     *,
     epochs: int,
     optimizer: str = "sgd",
@@ -55,8 +57,11 @@ def finetune(
     torch.distributed initialised) their gradients are averaged once per step.
 
     Args:
-        model: Maps a batch to class scores; trained in place, on the device it is on.
-        train_loader: Batches of inputs and class indices; it has a length.
+        model: Maps a batch to class scores; trained in place, on the device it is on. Its modules
+            are put back into the modes they were in. Where the model is in training mode, those
+            that are in evaluation mode stay so: a frozen batch normalisation is not updated.
+        train_loader: Pairs of inputs (a tensor, a tuple or list of positional ones, or a dict of
+            keyword ones) and class indices; it has a length.
         epochs: At least 1.
         optimizer: "sgd" or "adamw".
         lr: Highest learning rate.
@@ -110,11 +115,11 @@ def finetune(
 
     def passed(x: Any, target: Any) -> tuple[Tensor, Tensor]:
         with computing():
-            scores = model(x)
+            scores = call(model, x)
             loss = F.cross_entropy(scores, target, label_smoothing=label_smoothing)
             if teacher is not None:
                 with torch.no_grad():
-                    taught = teacher(x)
+                    taught = call(teacher, x)
                 distance = _distance(scores, taught, temperature)
                 loss = (1 - distill_weight) * loss + distill_weight * distance
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -128,7 +133,7 @@ def finetune(
     if average is not None:
         parts["average"] = average
 
-    def take_step(x: Tensor, target: Tensor) -> Tensor:
+    def take_step(x: Any, target: Tensor) -> Tensor:
         updates.zero_grad(set_to_none=True)
         scores, loss = passed(x, target)
         meter.add_branch("", scores, target)
@@ -137,12 +142,11 @@ def finetune(
             average.update_parameters(model)
         return loss
 
-    training = model.training
-    model.train()
-    teaching = teacher is not None and teacher.training
-    if teacher is not None:
-        teacher.eval()
-    try:
+    with modes_kept(*filter(None, (model, teacher))):
+        if not model.training:
+            model.train()
+        if teacher is not None:
+            teacher.eval()
         records = run_epochs(
             take_step,
             updates,
@@ -164,11 +168,7 @@ def finetune(
         if reestimate_batches:
             batches = batches_of_epoch(train_loader, epochs)
             reestimate_batch_norm(model, itertools.islice(batches, reestimate_batches))
-        return records
-    finally:
-        model.train(training)
-        if teacher is not None:
-            teacher.train(teaching)
+    return records
 
 
 def _distance(scores: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ comes before the first searchable layer. The gradients are those of the plain lo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,7 @@ class JointTrainer:
         model: What :func:`limpq_ext.prepare` returned.
         optimizer: Over the model's parameters, all step sizes among them. A parameter that got no
             gradient is not touched.
-        loss_fn: ``loss_fn(model(x), target)``, a scalar.
+        loss_fn: ``loss_fn(output, target)``, a scalar.
         distill: The highest bit-width learns from the target and teaches the other branches by
             cross entropy with its softmax (in-place distillation); outputs must be class scores.
         clip_value: Gradients are clipped to ``[-clip_value, clip_value]`` after they added up.
@@ -80,7 +80,7 @@ class JointTrainer:
             and backward, are one graph; after the exchange between processes and ``on_branch``,
             the look for what is not finite, clipping and the optimizer's step are another, if the
             optimizer is a fused one. Batches of another shape run without them. ``loss_fn`` must
-            not wait for the device.
+            not wait for the device. A batch is one input tensor and one target tensor.
         check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
             every 50 elsewhere, so that the host seldom waits for the device.
         on_branch: Called with (branch, output, target) after every branch, its gradients done; the
@@ -176,11 +176,23 @@ class JointTrainer:
         """Take one joint step on a batch; the model is put into training mode.
 
         Args:
-            x: What the model takes.
+            x: What the model takes: one input, a tuple or list of them, or a dict of keyword ones.
             target: What ``loss_fn`` compares its output with.
+
+        Raises:
+            NonFiniteError: A loss or gradient is NaN or infinite.
+            ValueError: A layer finds no start value in the batch, the loss depends on nothing that
+                the optimizer holds, or ``cuda_graph`` meets a batch of several inputs.
         """
         if not self.model.training:
             self.model.train()
+        if self.cuda_graph and not (isinstance(x, Tensor) and isinstance(target, Tensor)):
+            raise ValueError(
+                "cuda_graph needs batches of one input tensor and one target tensor, this one has"
+                f" {type(x).__name__} and {type(target).__name__}: train without it"
+            )
+        if isinstance(x, Mapping):
+            x = dict(x)  # whose tensors are found
         if self._eager_steps == 0:
             self._start_weights()
         self.optimizer.zero_grad(set_to_none=True)

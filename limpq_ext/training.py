@@ -27,6 +27,7 @@ from .checkpoint import (
 )
 from .distributed import broadcast_state, rank, world_size
 from .failures import NonFiniteError
+from .inputs import moved, samples_in
 from .metrics import Journal, Meter, Record, guarded_scales, memory
 from .quantizers import LsqQuantizer
 
@@ -119,9 +120,9 @@ class Recording:
 
 
 def run_epochs(
-    take_step: Callable[[Tensor, Tensor], Tensor],
+    take_step: Callable[[Any, Any], Tensor],
     optimizer: torch.optim.Optimizer,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Any, Any]],
     *,
     model: nn.Module,
     epochs: int,
@@ -145,7 +146,7 @@ def run_epochs(
     Args:
         take_step: Takes one optimizer step on a batch and returns its loss, a detached scalar.
         optimizer: The one that ``take_step`` uses.
-        loader: Batches of inputs and targets; it has a length.
+        loader: Pairs of inputs, as for :func:`limpq_ext.inputs.call`, and targets; it has a length.
         model: What is trained. Batches are moved to its device; at the end all processes get the
             buffers of process 0 (batch normalisation has statistics per process until then).
         epochs: At least 1.
@@ -210,11 +211,11 @@ def run_epochs(
                 # After the loader started, which may have drawn numbers.
                 _take_over(saved, meter, journal)
                 saved = None
-            for x, target in batches:
-                x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            for batch in batches:
+                x, target = moved(batch, device)
                 meter.add("loss", take_step(x, target))
                 meter.add("steps", 1)
-                meter.add("images", len(x))
+                meter.add("images", samples_in(x))
                 schedule.step()
                 course.step += 1
                 if on_step is not None:
@@ -312,8 +313,8 @@ def _guarded(model: nn.Module, epoch: int, journal: Journal | None) -> Record:
 
 
 def batches_of_epoch(
-    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, skip: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+    loader: Iterable[tuple[Any, Any]], epoch: int, skip: int = 0
+) -> Iterator[tuple[Any, Any]]:
     """The batches of an epoch (from 0) but for the first ones, which are not loaded if possible."""
     batches: Any = getattr(loader, "batch_sampler", None)
     if hasattr(batches, "set_position"):
@@ -357,6 +358,17 @@ def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None)
     if checkpoint is None:
         return f"{reason}; there is no checkpoint to go on from"
     return f"{reason}; the same command goes on from {checkpoint.path}"
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every module back into the mode it was in, training or evaluation, after the block."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -69,3 +71,20 @@ def test_nothing_to_evaluate_or_compare_is_an_error():
         confuse(model, model, [])
     with pytest.raises(ValueError, match=r"scores of shape \(1, 2\) and \(1, 3\)"):
         confuse(model, Table([[0.0, 1.0, 2.0]]), samples([0]))
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("no such sample")
+
+
+@pytest.mark.parametrize("tail", [nn.Identity, Failing])
+@pytest.mark.parametrize(
+    "function", [evaluate, lambda model, loader: confuse(model, model, loader)]
+)
+def test_every_module_keeps_its_own_mode(function, tail):
+    model = nn.Sequential(Table([[0.0, 1.0]]), nn.BatchNorm1d(2), tail()).train()
+    model[1].eval()
+    with contextlib.suppress(RuntimeError):
+        function(model, samples([0]))
+    assert [module.training for module in model.modules()] == [True, True, False, True]

@@ -189,3 +189,23 @@ def test_batch_norm_is_estimated_from_the_last_weights_where_that_is_asked_for()
         inputs = [model[0](x) for x, _ in data[:2]]
     means = torch.stack([x.mean(0) for x in inputs]).mean(0)
     torch.testing.assert_close(model[1].running_mean, means)
+
+
+def test_fine_tuning_leaves_a_frozen_batch_norm_frozen():
+    model, teacher = network().train(), network().train()
+    model[1].eval()
+    teacher[1].eval()
+    before = [[module.training for module in m.modules()] for m in (model, teacher)]
+    statistics = model[1].running_mean.clone()
+    finetune(model, batches(), epochs=1, lr=0.1, teacher=teacher, reestimate_batches=2)
+    assert [[module.training for module in m.modules()] for m in (model, teacher)] == before
+    assert torch.equal(model[1].running_mean, statistics)
+    assert model[1].num_batches_tracked == 0
+
+
+def test_fine_tuning_puts_modes_back_where_it_raises():
+    model = network().eval()
+    model[2].train()
+    with pytest.raises(ValueError, match="in the batch itself"):
+        finetune(model, [(x * torch.nan, t) for x, t in batches()], epochs=1)
+    assert [module.training for module in model.modules()] == [False, False, False, True, False]
