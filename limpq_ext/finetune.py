@@ -66,7 +66,7 @@ def finetune(
         optimizer: "sgd" or "adamw".
         lr: Highest learning rate.
         momentum: Of SGD.
-        weight_decay: Of weights; step sizes, biases and batch normalisation have none.
+        weight_decay: Of the weights of layers, as :func:`limpq_ext.training.make_optimizer` says.
         warmup_epochs: Epochs over which the learning rate rises.
         label_smoothing: 0 to 1.
         teacher: Knowledge distillation: a model of the same classes, usually the float one, on the

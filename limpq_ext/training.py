@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoint import (
@@ -48,7 +48,12 @@ def make_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """An optimizer that decays weights only: no step sizes, biases or batch normalisation.
+    """An optimizer that decays the weights of layers only.
+
+    As is usual, weight decay does not reach what normalisation has, embeddings, tensors of at most
+    one dimension (others of size 1 aside, as in a layer scale ``[channels, 1, 1]``), biases of any
+    shape, tokens and position embeddings by their name, and what the model's own
+    ``no_weight_decay()`` names, as timm's do. Step sizes have none either.
 
     Args:
         model: Whose parameters that need a gradient it takes.
@@ -63,12 +68,15 @@ def make_optimizer(
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
+    own_names = getattr(model, "no_weight_decay", None)
+    named = set(own_names()) if callable(own_names) else set()
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
-            spared = isinstance(module, LsqQuantizer | _BatchNorm) or name == "bias"
+            full_name = f"{path}.{name}" if path else name
+            spared = full_name in named or _has_no_decay(module, name, parameter)
             (plain if spared else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -82,6 +90,22 @@ def make_optimizer(
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
     raise ValueError(f"optimizer is '{optimizer}', expected one of {', '.join(OPTIMIZERS)}")
+
+
+_WITHOUT_DECAY = (
+    *(LsqQuantizer, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.Embedding, nn.EmbeddingBag),
+)
+_NAMED_WITHOUT_DECAY = ("bias", "embed", "token", "position")
+
+
+def _has_no_decay(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if isinstance(module, _WITHOUT_DECAY) or parameter.dim() <= 1:
+        return True
+    if name == "weight":  # of one output, perhaps
+        return False
+    axes = sum(size > 1 for size in parameter.shape)
+    return axes <= 1 or any(part in name for part in _NAMED_WITHOUT_DECAY)
 
 
 def cosine_with_warmup(
