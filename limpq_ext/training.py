@@ -6,6 +6,7 @@ import itertools
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def run_epochs(
     A run that goes on from a checkpoint ends, on the CPU, with the same bits as one that was never
     stopped, if the order of ``loader`` depends on the epoch alone: that of
     :func:`limpq_ext.data.make_loader`, a list, or a DataLoader whose sampler has ``set_epoch``.
+    An epoch is as many batches as the loader's length says, or fewer where it gives fewer.
 
     Args:
         take_step: Takes one optimizer step on a batch and returns its loss, a detached scalar.
@@ -190,7 +192,8 @@ def run_epochs(
         guarded_scales (how many step sizes are at their lower bound), and what ``observe`` gives.
 
     Raises:
-        ValueError: ``epochs`` is below 1, the loader is empty, or the loss became NaN or infinite.
+        ValueError: ``epochs`` is below 1, the loader is empty or gives no batches in an epoch, or
+            the loss became NaN or infinite.
         FileFormatError: The checkpoint cannot be read or belongs to another training.
         Interrupted: A signal came.
     """
@@ -227,24 +230,35 @@ def run_epochs(
             journal.write(record)
         return record
 
+    def finish_epoch() -> None:
+        epoch = course.epochs + 1
+        record = {"epoch": epoch, "step": course.step, **_guarded(model, epoch, journal)}
+        course.records.append(finished(record, course.epoch_sums))
+        course.finish_epoch()
+        if on_epoch is not None:
+            on_epoch(record)
+
+    warned = False
     signals = StopSignals()
     with signals.noticed(), _naming_kept(checkpoint):
-        for epoch in range(course.step // steps_per_epoch + 1, epochs + 1):
-            batches = batches_of_epoch(loader, epoch - 1, course.step % steps_per_epoch)
+        while course.epochs < epochs:
+            epoch = course.epochs + 1
+            batches = batches_of_epoch(loader, epoch - 1, course.batch)
             if saved is not None:
                 # After the loader started, which may have drawn numbers.
                 _take_over(saved, meter, journal)
                 saved = None
-            for batch in batches:
+            for batch in itertools.islice(batches, steps_per_epoch - course.batch):
                 x, target = moved(batch, device)
                 meter.add("loss", take_step(x, target))
                 meter.add("steps", 1)
                 meter.add("images", samples_in(x))
                 schedule.step()
                 course.step += 1
+                course.batch += 1
                 if on_step is not None:
                     on_step(course.step, total)
-                ends = course.step % steps_per_epoch == 0
+                ends = course.batch == steps_per_epoch
                 logs = recording.log_steps > 0 and course.step % recording.log_steps == 0
                 received, due = agree_to_stop(signals, checkpoint, course.step)
                 if check is not None and (ends or logs or received or due):
@@ -254,19 +268,25 @@ def run_epochs(
                     if logs:
                         finished({"step": course.step}, sums)
                 if ends:
-                    record = {
-                        "epoch": epoch,
-                        "step": course.step,
-                        **_guarded(model, epoch, journal),
-                    }
-                    course.records.append(finished(record, course.epoch_sums))
-                    course.epoch_sums = {}
-                    if on_epoch is not None:
-                        on_epoch(record)
+                    finish_epoch()
                 if checkpoint is not None and (received or due):
                     checkpoint.save(course.state_dict(), {"meter": meter.state_dict()})
                 if received:
                     raise Interrupted(received, _farewell(received, course.step, total, checkpoint))
+            if course.epochs < epoch:
+                if course.batch == 0:
+                    raise ValueError(f"epoch {epoch}: the loader gave no batches")
+                if not warned:
+                    warnings.warn(
+                        f"epoch {epoch}: the loader gave {course.batch} batches, but its length is"
+                        f" {steps_per_epoch}, by which the learning rate falls",
+                        stacklevel=2,
+                    )
+                warned = True
+                if check is not None:
+                    check()
+                course.read(meter)
+                finish_epoch()
     broadcast_state(model, buffers_only=True)
     return course.records
 
@@ -276,6 +296,8 @@ class _Course:
 
     def __init__(self, parts: Mapping[str, Stateful]) -> None:
         self.step = 0
+        self.epochs = 0  # whole ones
+        self.batch = 0  # of the epoch that runs
         self.records: list[Record] = []
         self.epoch_sums: dict[str, float] = {}
         self._parts = parts
@@ -291,9 +313,16 @@ class _Course:
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
         return sums
 
+    def finish_epoch(self) -> None:
+        self.epochs += 1
+        self.batch = 0
+        self.epoch_sums = {}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "epochs": self.epochs,
+            "batch": self.batch,
             "records": self.records,
             "epoch_sums": self.epoch_sums,
             "seconds": time.monotonic() - self._clock,
@@ -301,7 +330,7 @@ class _Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.epochs, self.batch = state["step"], state["epochs"], state["batch"]
         self.records = list(state["records"])
         self.epoch_sums = dict(state["epoch_sums"])
         self._clock = time.monotonic() - state["seconds"]
