@@ -108,23 +108,54 @@ class FiniteWatch:
         self.note(losses, grads, batch)
         self.check_in_time(step)
 
-    def expect(self, step: int, branches: Sequence[str], losses: Tensor, batch: Any) -> None:
-        """Prepare the device for `note` of a step; the arguments are those of `look`."""
+    def expect(
+        self,
+        step: int,
+        branches: Sequence[str],
+        losses: Tensor,
+        batch: Any,
+        *,
+        for_graph: bool = False,
+    ) -> None:
+        """Prepare the device for `note` of a step; the arguments are those of `look`.
+
+        With ``for_graph`` a CUDA graph will write to what is prepared for such batches: it is kept.
+        """
         self._branches = tuple(branches)
         if self._recorded is None:
             self._recorded = _Record(losses)
-        self._recorded.expect(step, batch)
+        self._recorded.expect(step, batch, for_graph)
 
     def note(self, losses: Tensor, grads: Sequence[Tensor], batch: Any) -> None:
-        """Look at a step on the device alone, and hold its update back if it is not finite.
+        """Look at a step on the device alone.
 
         A CUDA graph can capture this. The arguments are those of `look`.
         """
         assert self._recorded is not None
         self._recorded.add(_any_bad(losses, grads), losses, batch)
-        if holds_back(self.optimizer):
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # as GradScaler does
-            self.optimizer.found_inf = self._recorded.held  # type: ignore[attr-defined]
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Let the optimizer, if it can, take no step in the block once one was not finite.
+
+        A CUDA graph can capture the block. The optimizer is told as a GradScaler tells it, and what
+        it was told does not stay behind: its owner may go on to use it otherwise.
+        """
+        if self._recorded is None or not holds_back(self.optimizer):
+            yield
+            return
+        told = {"grad_scale": None, "found_inf": self._recorded.held}
+        for name, value in told.items():
+            setattr(self.optimizer, name, value)
+        try:
+            yield
+        finally:
+            for name in told:
+                self.optimizer.__dict__.pop(name, None)  # a GradScaler removes them itself
+
+    def reset(self) -> None:
+        """Forget all steps: the training goes on from a state before them."""
+        self._recorded = None
 
     def check_in_time(self, step: int) -> None:
         """Check after every so many steps.
@@ -141,8 +172,11 @@ class FiniteWatch:
         Raises:
             NonFiniteError: A step since the last look was not finite.
         """
-        if self._recorded is not None and bool(self._recorded.seen):
+        if self._recorded is None:
+            return
+        if bool(self._recorded.seen):
             self._fail(*self._recorded.read())
+        self._recorded.drop_batches()
 
     def _period(self, losses: Tensor) -> int:
         return self.steps or (1 if losses.device.type == "cpu" else CHECK_STEPS)
@@ -194,12 +228,21 @@ class _Record:
         self._losses = losses.detach().clone()
         # One place for each shape of a batch, and whether it was the bad one.
         self._batches: dict[Any, tuple[Tensor, Any]] = {}
+        self._of_graphs: set[Any] = set()
 
-    def expect(self, step: int, batch: Any) -> None:
+    def expect(self, step: int, batch: Any, for_graph: bool) -> None:
         self._now.fill_(step)
         shapes, _ = _tensors(batch)
         if shapes not in self._batches:
             self._batches[shapes] = (torch.zeros_like(self.seen), tree_map(_copied, batch))
+        if for_graph:
+            self._of_graphs.add(shapes)
+
+    def drop_batches(self) -> None:
+        """Free the places of batches, none of which was bad, but for those that graphs write to."""
+        self._batches = {
+            shapes: place for shapes, place in self._batches.items() if shapes in self._of_graphs
+        }
 
     @torch.no_grad()
     def add(self, bad: Tensor, losses: Tensor, batch: Any) -> None:

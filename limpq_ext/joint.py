@@ -253,6 +253,8 @@ class JointTrainer:
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Go on from a state of :meth:`state_dict`, of the same model, bits and seed.
 
+        It is also the way on after a NonFiniteError.
+
         Raises:
             ValueError: The state is of a training with another seed or other candidates.
             RuntimeError: The state is of another model.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed import GradientExchange, broadcast_state
 from .execution import Captured
-from .failures import FiniteWatch, Repeat, holds_back
+from .failures import FiniteWatch, NonFiniteError, Repeat, holds_back
 
 
 class Update:
@@ -80,13 +80,19 @@ class Update:
                 f"step {step}: the loss depends on none of the parameters that the optimizer holds"
             )
         if capture and holds_back(self.optimizer):
-            self.watch.expect(step, branches, values, batch)
+            self.watch.expect(step, branches, values, batch, for_graph=True)
             if self._captured is None or not self._captured.fits(values):
                 self._captured = _CapturedUpdate(self, values, batch)
             self._captured.replay(values)
             self.watch.check_in_time(step)
         else:
-            self.watch.look(step, branches, values, self._unscaled(), batch)
+            grads = self._unscaled()
+            try:
+                self.watch.look(step, branches, values, grads, batch)
+            except NonFiniteError:
+                if self.scaler is not None:  # which else would not unscale in another step
+                    self.scaler.update(self.scaler.get_scale())
+                raise
             self._step_optimizer()
         self.steps = step
         return dict(zip(losses, values.unbind(), strict=True))
@@ -101,10 +107,12 @@ class Update:
     def _step_optimizer(self) -> None:
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
+        with self.watch.holding_back():
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+        if self.scaler is not None:
             self.scaler.update()
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -125,8 +133,10 @@ class Update:
         return {"steps": self.steps, "scaler": scaler}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Go on counting from a state."""
+        """Go on counting from a state, whatever the steps after it came to."""
         self.steps = state_dict["steps"]
+        self.watch.reset()
+        self._forget()
         if self.scaler is not None:
             self.scaler.load_state_dict(state_dict["scaler"])
 

@@ -1,3 +1,6 @@
+import copy
+import gc
+
 import pytest
 import torch
 from networks import Depthwise
@@ -6,7 +9,7 @@ from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, finetune, prepare
 from limpq_ext.checkpoint import Checkpoint
-from limpq_ext.failures import NonFiniteError
+from limpq_ext.failures import FiniteWatch, NonFiniteError
 from limpq_ext.metrics import Journal, guarded_scales
 from limpq_ext.training import Recording
 
@@ -164,3 +167,67 @@ def test_scales_at_their_guard_are_counted_and_reported():
         "epoch 1: 1 step sizes are at their lower bound: layer 'depthwise': weight quantizer at"
         " 2 bits"
     ]
+
+
+@pytest.mark.parametrize(
+    ("fused", "options"),
+    [
+        (False, {}),
+        (True, {"check_steps": 3}),
+        (False, {"check_steps": 3}),
+        (False, {"autocast": torch.float16}),
+        (True, {"autocast": torch.float16, "check_steps": 3}),
+    ],
+)
+def test_a_good_state_is_a_way_on_after_a_bad_step(fused, options):
+    trainer, untouched = (trainer_of(None, None, fused=fused, **options) for _ in range(2))
+    x, target = batch()
+    for either in (trainer, untouched):
+        either.step(x, target)
+    good = copy.deepcopy(trainer.state_dict())
+    for _ in range(options.get("check_steps", 1) - 2):
+        trainer.step(x * torch.nan, target)
+    with pytest.raises(NonFiniteError):
+        trainer.step(x * torch.nan, target)
+    trainer.load_state_dict(good)
+    for either in (trainer, untouched):
+        for _ in range(4):
+            either.step(x, target)
+        either.check()
+    assert trainer.steps == untouched.steps == 5
+    for ours, reference in zip(
+        trainer.model.parameters(), untouched.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, reference)
+
+
+def test_an_optimizer_is_left_as_it_was_after_a_bad_step():
+    trainer = trainer_of(None, None, fused=True, check_steps=2)
+    x, target = batch()
+    attributes = set(vars(trainer.optimizer))
+    trainer.step(x, target)
+    assert set(vars(trainer.optimizer)) == attributes
+    with pytest.raises(NonFiniteError):
+        trainer.step(x * torch.nan, target)
+    assert set(vars(trainer.optimizer)) == attributes
+    before = trainer.model.head.bias.detach().clone()
+    trainer.model.head.bias.grad = torch.ones_like(before)
+    trainer.optimizer.step()
+    assert not torch.equal(trainer.model.head.bias, before)
+
+
+def test_batches_of_many_shapes_are_not_kept_beyond_the_next_look():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = FiniteWatch(model, optimizer, lambda *_: None, steps=5)
+
+    def kept():
+        gc.collect()
+        found = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() == 5)
+        return len(list(found))
+
+    for step in range(1, 24):
+        x = torch.zeros(1, 1, 1, 1, step)
+        watch.look(step, ("",), torch.zeros(1), [torch.zeros(1)], (x, torch.zeros(1)))
+        del x
+        assert kept() == step % 5
