@@ -196,6 +196,29 @@ def test_a_captured_step_that_is_not_finite_is_named_and_changes_nothing():
         trainer.step(*steps[7])
 
 
+@pytest.mark.usefixtures("on_host")
+def test_a_captured_training_goes_on_from_a_good_state_after_a_bad_step():
+    captured, plain = trainer_of(True, check_steps=2), trainer_of(False)
+    steps = list(batches(8))
+    for batch in steps[:5]:
+        captured.step(*batch)
+        plain.step(*batch)
+    attributes = set(vars(captured.optimizer))
+    state = tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, plain.state_dict()
+    )
+    x, target = steps[5]
+    with pytest.raises(NonFiniteError, match="step 6"):
+        captured.step(x * math.nan, target)
+    assert set(vars(captured.optimizer)) == attributes
+    captured.load_state_dict(state)
+    for batch in steps[5:]:
+        captured.step(*batch)
+        plain.step(*batch)
+    captured.check()
+    assert_same_state(captured, plain)
+
+
 def test_a_first_step_that_is_held_back_leaves_no_momentum():
     trainer = trainer_of(False, autocast=torch.float16)
     trainer.scaler = trainer._update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)

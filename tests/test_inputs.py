@@ -189,6 +189,18 @@ def test_calibration_of_several_inputs_is_that_of_one_input_that_holds_them(form
         assert_same_state(first, second)
 
 
+def test_cuda_graphs_refuse_several_inputs_and_say_so():
+    model = prepared_network(as_keywords)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = JointTrainer(model, optimizer, F.cross_entropy)
+    trainer.cuda_graph = True  # which the constructor grants on a GPU alone
+    message = (
+        "cuda_graph needs batches of one input tensor and one target tensor, this one has dict"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.step(*batches(as_keywords)[0])
+
+
 def test_only_a_batch_itself_and_its_mappings_are_unpacked():
     def says(*args, **kwargs):
         return args, kwargs
