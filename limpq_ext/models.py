@@ -6,7 +6,9 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -87,10 +89,13 @@ def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn
             ``timm/NAME`` for one of timm (the extra ``timm``); or ``package.module:function`` for
             a function or class that returns a model, also of a module in the working directory.
         weights: None: random weights. Else published weights, which are downloaded where they were
-            not before: the name of an entry in torchvision's enumeration, such as ``DEFAULT`` or
-            ``IMAGENET1K_V2``; for timm ``DEFAULT``, where a tag in its name says which.
+            not before: the name of an entry in torchvision's enumeration, such as ``DEFAULT``,
+            ``IMAGENET1K_V2`` or ``ResNet50_Weights.DEFAULT``; for timm ``DEFAULT``, where a tag in
+            its name says which. Where ``num_classes`` is not theirs, all but the classifier is
+            theirs; a warning says so.
         **options: Arguments of its constructor, such as ``num_classes``. googlenet and inception_v3
-            come without auxiliary classifiers unless ``aux_logits`` asks for them.
+            come without auxiliary classifiers unless ``aux_logits`` asks for them, and take images
+            normalised as the other networks do (``transform_input``).
 
     Raises:
         ValueError: The name is unknown, or an option or ``weights`` does not fit.
@@ -109,7 +114,7 @@ def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn
     else:
         constructor, chosen = _of_torchvision(name, weights)
     try:
-        return constructor(**{**chosen, **options})
+        return _built(constructor, chosen, options)
     except TypeError as error:
         raise ValueError(f"model '{name}': {error}") from error
     except (OSError, RuntimeError) as error:
@@ -120,6 +125,53 @@ def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn
             f"weights '{weights}' of '{name}' could not be downloaded ({first_line}); give a local"
             " file instead"
         ) from error
+
+
+def _built(
+    constructor: Callable[..., Any], chosen: dict[str, Any], options: dict[str, Any]
+) -> nn.Module:
+    """The model; where its published weights are of other classes, with a random classifier."""
+    published = chosen.get("weights")
+    if published is None:
+        return constructor(**{**chosen, **options})
+    theirs = len(published.meta["categories"])
+    classes = options.get("num_classes", theirs)
+    if classes == theirs:
+        return constructor(**{**chosen, **options})
+    model = constructor(**{**chosen, **{k: v for k, v in options.items() if k != "num_classes"}})
+    own = constructor(**{**chosen, **options, "weights": None})
+    before = model.state_dict()
+    heads = {
+        name.rpartition(".")[0]
+        for name, value in own.state_dict().items()
+        if name in before
+        and before[name].shape == (theirs, *value.shape[1:])
+        and value.shape[0] == classes
+    }
+    for head in heads:
+        model.set_submodule(head, own.get_submodule(head))
+    if hasattr(model, "num_classes"):
+        model.num_classes = classes
+    _warn_of_random(sorted(heads), theirs, classes)
+    return model
+
+
+def _warn_of_random(heads: Sequence[str], theirs: int, classes: int) -> None:
+    warnings.warn(
+        f"the published weights are of {theirs} classes: all of them but those of {_some(heads)}"
+        f" are taken, which starts from random weights for {classes} classes",
+        stacklevel=4,
+    )
+
+
+def is_published(weights: str) -> bool:
+    """Whether weights are published ones by name, and no file.
+
+    A name is ``DEFAULT``, ``IMAGENET1K_V2`` or ``ResNet50_Weights.DEFAULT``: without a suffix, or
+    with that of an enumeration. What exists is a file.
+    """
+    is_name = not Path(weights).suffix or re.fullmatch(r"\w+_Weights\.\w+", weights)
+    return bool(is_name) and not Path(weights).exists()
 
 
 def create_shapes(name: str, **options: Any) -> nn.Module:
@@ -164,19 +216,39 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[Callable[..., Any],
     chosen: dict[str, Any] = {"weights": None}
     if weights is not None:
         published = models.get_model_weights(name)
-        entry = weights.rpartition(".")[2]
-        if entry not in published.__members__:
+        enumeration, _, entry = weights.rpartition(".")
+        if enumeration not in ("", published.__name__) or entry not in published.__members__:
             raise ValueError(
                 f"model '{name}' has no weights '{weights}', those are"
                 f" {', '.join(published.__members__)}"
             )
         chosen["weights"] = published[entry]
     if name in ("googlenet", "inception_v3"):
-        # Outputs of auxiliary classifiers are no class scores that a loss takes.
-        chosen["aux_logits"] = False
+        # Outputs of auxiliary classifiers are no class scores that a loss takes. The published
+        # weights want images normalised in a way of their own, to which the network takes them:
+        # always, for a network has to be the same before and after weights are loaded from a file.
+        chosen |= {"aux_logits": False, "transform_input": True}
         if weights is None:
             chosen["init_weights"] = True
+        else:
+            return partial(_without_auxiliary, models.get_model_builder(name)), chosen
     return models.get_model_builder(name), chosen
+
+
+def _without_auxiliary(
+    constructor: Callable[..., Any], *, weights: Any, aux_logits: bool, **options: Any
+) -> nn.Module:
+    """A googlenet or inception_v3, whose published weights have auxiliary classifiers."""
+    if weights is None:
+        return constructor(**{"init_weights": False, **options, "aux_logits": aux_logits})
+    if aux_logits:
+        return constructor(weights=weights, aux_logits=True, **options)
+    model = constructor(weights=weights, **options)
+    model.aux_logits = False
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+    return model
 
 
 def _of_timm(name: str, weights: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -190,7 +262,18 @@ def _of_timm(name: str, weights: str | None) -> tuple[Callable[..., Any], dict[s
             f"weights of '{name}' are None or 'DEFAULT', got '{weights}': a tag after the name says"
             " which, as in 'timm/resnet50.a1_in1k'"
         )
-    return partial(timm.create_model, own_name), {"pretrained": weights is not None}
+    if weights is None:
+        return partial(timm.create_model, own_name), {"pretrained": False}
+
+    def pretrained(**options: Any) -> nn.Module:
+        model = timm.create_model(own_name, pretrained=True, **options)  # drops the head itself
+        theirs, classes = model.pretrained_cfg.get("num_classes"), model.num_classes
+        if theirs != classes:
+            heads = model.pretrained_cfg.get("classifier", ())
+            _warn_of_random([heads] if isinstance(heads, str) else list(heads), theirs, classes)
+        return model
+
+    return pretrained, {}
 
 
 def _own_model(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:

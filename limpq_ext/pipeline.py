@@ -34,7 +34,7 @@ from .finetune import finetune
 from .indicators import Indicators
 from .joint import JointTrainer
 from .metrics import Journal, Meter, MetricsFile, Record, TensorBoard
-from .models import create_model, load_weights, save_weights
+from .models import create_model, is_published, load_weights, save_weights
 from .policy import Policy
 from .prepare import apply_policy, prepare
 from .recipe import Recipe, TrainingSection, dump_recipe
@@ -145,7 +145,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
         reporter.say(f"data: images left out: {len(skipped)}, the first: {first}: {reason}")
 
     given = recipe.model.weights
-    files = [str(Path(given).resolve())] if given is not None and _is_file(given) else []
+    files = [str(Path(given).resolve())] if given is not None and not is_published(given) else []
     training = part["float_training"] if given is None else None
     with stages.stage("float", [FLOAT_WEIGHTS], [common, training], files) as stage:
         if stage.go:
@@ -311,7 +311,7 @@ class Session:
         """
         weights = self.recipe.model.weights
         assert weights is not None
-        if _is_file(weights):
+        if not is_published(weights):
             return self.float_model(Path(weights))
         model = self.create_model()
 
@@ -558,11 +558,6 @@ class Session:
 
 def _dtype(autocast: str) -> torch.dtype | None:
     return None if autocast == "off" else getattr(torch, autocast)
-
-
-def _is_file(weights: str) -> bool:
-    """Whether weights are a file; published ones have a name without a suffix, such as DEFAULT."""
-    return bool(Path(weights).suffix) or Path(weights).exists()
 
 
 def model_for(recipe: Recipe, data: Data, *, weights: str | None = None) -> nn.Module:

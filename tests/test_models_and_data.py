@@ -1,4 +1,6 @@
+import contextlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from limpq_ext.models import (
     CifarResNet,
     create_model,
     create_shapes,
+    is_published,
     load_weights,
     save_weights,
 )
@@ -219,6 +222,105 @@ def test_published_weights_that_were_downloaded_before_are_loaded(tmp_path, monk
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     model = create_model("squeezenet1_1", weights="DEFAULT")
     assert all(torch.equal(published[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Random weights in the place of those that torchvision publishes, by the network's name."""
+    torchvision = pytest.importorskip("torchvision")
+    found = {}
+
+    def get_state_dict(weights, *args, **kwargs):
+        name = type(weights).__name__.removesuffix("_Weights").lower()
+        auxiliary = name in ("googlenet", "inception_v3")
+        options = {"init_weights": False, "aux_logits": True} if auxiliary else {}
+        found[name] = torchvision.models.get_model(name, **options).state_dict()
+        return found[name]
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 1000}, {"num_classes": 3}])
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_with_auxiliary_classifiers_load_without_them(name, options, published):
+    with contextlib.ExitStack() as stack:
+        if options.get("num_classes") == 3:
+            stack.enter_context(pytest.warns(UserWarning, match="but those of 'fc' are taken"))
+        model = create_model(name, weights="DEFAULT", **options).train()
+    scores = model(torch.randn(2, 3, 75, 75))
+    assert scores.shape == (2, options.get("num_classes", 1000))
+    assert model.transform_input
+    state, theirs = create_model(name, init_weights=False, **options).state_dict(), published[name]
+    assert model.state_dict().keys() == state.keys()
+    weight = "Conv2d_1a_3x3.conv.weight" if name == "inception_v3" else "conv1.conv.weight"
+    assert torch.equal(model.get_parameter(weight), theirs[weight])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_network_is_the_same_with_weights_from_a_file_as_with_published_ones(
+    name, published, tmp_path
+):
+    model = create_model(name, weights="DEFAULT").eval()
+    save_weights(model, tmp_path / "weights.safetensors")
+    other = create_model(name, init_weights=False).eval()
+    load_weights(other, tmp_path / "weights.safetensors")
+    x = torch.randn(2, 3, 75, 75)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("squeezenet1_1", "classifier.1"),
+        ("mobilenet_v2", "classifier.1"),
+        ("resnet18", "fc"),
+        ("efficientnet_b0", "classifier.1"),
+        ("swin_t", "head"),
+    ],
+)
+def test_published_weights_of_other_classes_load_but_for_the_classifier(name, head, published):
+    torch.manual_seed(0)
+    message = f"are of 1000 classes: all of them but those of '{head}' are taken.* for 7 classes"
+    with pytest.warns(UserWarning, match=message):
+        model = create_model(name, weights="DEFAULT", num_classes=7).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    state = model.state_dict()
+    assert state.keys() == published[name].keys()
+    same = {key for key, value in published[name].items() if torch.equal(value, state[key])}
+    assert same == {key for key in state if not key.startswith(f"{head}.")}
+
+
+def test_weights_of_the_enumeration_of_another_network_are_refused():
+    with pytest.raises(ValueError, match=r"'resnet50' has no weights 'ResNet18_Weights.DEFAULT'"):
+        create_model("resnet50", weights="ResNet18_Weights.DEFAULT")
+
+
+def test_names_of_published_weights_are_told_from_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("DEFAULT", "IMAGENET1K_SWAG_E2E_V1", "ResNet50_Weights.DEFAULT"):
+        assert is_published(name)
+    for name in ("weights.pt", "runs/DEFAULT.safetensors", "runs/ResNet50_Weights.DEFAULT"):
+        assert not is_published(name)
+    (tmp_path / "DEFAULT").touch()
+    assert not is_published("DEFAULT")
+
+
+def test_pretrained_networks_of_timm_with_other_classes_say_so(monkeypatch):
+    timm = pytest.importorskip("timm")
+    original = timm.create_model
+
+    def without_download(name, pretrained=False, **options):
+        assert pretrained
+        return original(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    with pytest.warns(UserWarning, match="are of 1000 classes: .* but those of 'fc' are taken"):
+        model = create_model("timm/resnet18.a1_in1k", weights="DEFAULT", num_classes=7)
+    assert model.get_classifier().out_features == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_model("timm/resnet18.a1_in1k", weights="DEFAULT")
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
