@@ -1,35 +1,45 @@
 """Checkpoints of a training that may be stopped at any moment and goes on as if it had not been.
 
 A checkpoint holds everything that the rest of the training depends on; it is written by process 0
-and read by process 0 for all. Batch normalisation keeps statistics per process, as in
+and read by process 0 for all. Behind what ``torch.save`` writes stands its SHA-256, so that nobody
+goes on from a damaged file. Batch normalisation keeps statistics per process, as in
 DistributedDataParallel, and those of process 0 are the ones that are saved: they take no part in
 training, and at its end all processes get them.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import math
 import os
 import random
+import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from .distributed import agree, from_main, gather, is_distributed, is_main, rank, world_size
-from .files import FileFormatError, open_atomically, read_bytes, remove_leftovers
+from .files import open_atomically, remove_leftovers
 from .indicators import KINDS, StepSizes, check_started
 from .quantizers import mean_step_sizes
+from .reading import FileFormatError, open_regular, reading, shown
+from .tensors import read_saved
 
 FORMAT = "limpq-checkpoint"
-VERSION = 1
+VERSION = 2
+
+_SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+_SEAL_BYTES = 73
+
+_NUMPY_WORDS = 624  # of the Mersenne Twister, which NumPy reads without a look at its place
 
 
 class Stateful(Protocol):
@@ -140,7 +150,7 @@ class Checkpoint:
 
         def write() -> None:
             with open_atomically(self.path) as file:
-                torch.save(content, file)
+                write_sealed(file, content)
 
         from_main(write)
         self._written = time.monotonic()
@@ -168,44 +178,82 @@ class Checkpoint:
             return None
         advice = "remove it to start this stage over"
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FileFormatError(
-                f"{self.path}: not a readable checkpoint ({reason}); {advice}"
-            ) from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            state, sealed = _read_sealed(self.path, "checkpoint")
+        except FileFormatError as error:
+            raise FileFormatError(f"{error}; {advice}") from error
+        if not isinstance(state, dict) or not _is(state.get("format"), FORMAT):
             raise FileFormatError(f"{self.path}: not a checkpoint of a training; {advice}")
-        if state.get("version") != VERSION:
+        if not _is(state.get("version"), VERSION):
             raise FileFormatError(
-                f"{self.path}: version is {state.get('version')}, this limpq_ext reads {VERSION};"
-                f" {advice}"
+                f"{self.path}: version is {shown(state.get('version'))}, this limpq_ext reads"
+                f" {VERSION}; {advice}"
             )
-        if state.get("key") != self.key:
+        if not sealed:
+            raise FileFormatError(f"{self.path}: damaged: its checksum is missing; {advice}")
+        if not _is(state.get("key"), self.key):
             raise FileFormatError(
                 f"{self.path}: this checkpoint belongs to another recipe or other inputs; go on"
                 f" with those, or {advice}"
             )
+        if not _is_of_processes(state.get("processes")):
+            raise FileFormatError(f"{self.path}: processes: is no list of states; {advice}")
         return state
 
 
-def load_plain(path: str | os.PathLike[str], what: str) -> Any:
-    """The tensors, containers, strings and numbers that ``torch.save`` wrote, on the CPU.
+def write_sealed(file: BinaryIO, content: Any) -> None:
+    """Write what ``torch.save`` writes and its SHA-256 behind it; ``torch.load`` reads it too."""
+    hashing = _Hashing(file)
+    torch.save(content, hashing)  # type: ignore[arg-type]  # it needs no more than this
+    file.write(f"\nsha256 {hashing.digest.hexdigest()}\n".encode())
 
-    Args:
-        path: The file.
-        what: What it should be, for the error message.
+
+class _Hashing:
+    """Passes bytes on to a file and hashes them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _read_sealed(path: str | os.PathLike[str], what: str) -> tuple[Any, bool]:
+    """What a file of ``torch.save`` holds, and whether it has a checksum, which is right then.
 
     Raises:
         OSError: If the file cannot be read.
-        FileFormatError: If it is no such file, or asks for a class.
+        FileFormatError: If it is no such file, or is damaged.
     """
-    data = read_bytes(path, what)
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileFormatError(f"not a readable checkpoint: {reason}") from error
+    with open_regular(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _SEAL_BYTES))
+        seal = _SEAL.fullmatch(file.read())
+        file.seek(0)
+        if seal is not None:
+            digest, left = hashlib.sha256(), size - _SEAL_BYTES
+            while left > 0 and (data := file.read(min(left, 2**20))):
+                digest.update(data)
+                left -= len(data)
+            if digest.hexdigest().encode() != seal[1]:
+                raise FileFormatError(f"{os.fspath(path)}: damaged: its checksum is another one")
+            file.seek(0)
+        return read_saved(file, path), seal is not None
+
+
+def _is(value: Any, expected: str | int) -> bool:
+    """Whether they are equal, where the value may be a tensor, whose comparison is no bool."""
+    return type(value) is type(expected) and value == expected
+
+
+def _is_of_processes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(own, dict) and isinstance(own.get("random"), dict) for own in value
+    )
 
 
 def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
@@ -213,28 +261,76 @@ def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
 
     Raises:
         OSError: If the file cannot be read.
-        FileFormatError: If it holds no joint training.
+        FileFormatError: If it holds no joint training, or is damaged.
         ValueError: If a step size has no start value yet.
     """
-    state = _joint_state(load_plain(path, "checkpoint"))
+    content, sealed = _read_sealed(path, "checkpoint")
+    with reading(path):
+        state = _joint_state(content)
     if state is None:
-        raise FileFormatError("holds no state of a joint training")
-    tensors, bounds = state["model"], state.get("scale_bounds", {})
+        raise FileFormatError(f"{os.fspath(path)}: holds no state of a joint training")
+    if _is(content.get("format"), FORMAT) and not sealed:
+        raise FileFormatError(f"{os.fspath(path)}: damaged: its checksum is missing")
+    return _step_sizes(state)
+
+
+def _step_sizes(state: Mapping[str, Any]) -> Iterator[StepSizes]:
+    """The step sizes in the state of a JointTrainer.
+
+    Raises:
+        FileFormatError: Something in it is of another kind.
+    """
+    bits, model = state["bits"], state["model"]
+    if not isinstance(bits, list) or not all(type(b) is int for b in bits):
+        raise FileFormatError(f"bits: {shown(bits)} are no bit-widths")
+    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+        raise FileFormatError("model: is no state of a network")
+    bounds = state.get("scale_bounds", {})
     ending = ".weight_quantizer.scale"
-    for name in (key.removesuffix(ending) for key in tensors if key.endswith(ending)):
+    for name in (key.removesuffix(ending) for key in model if key.endswith(ending)):
         quantizers = [f"{name}.weight_quantizer", f"{name}.input_quantizer"]
         check_started(
-            (name, kind, state["bits"], tensors[f"{quantizer}.initialized"].tolist())
+            (name, kind, bits, _started(model, f"{quantizer}.initialized", bits))
             for kind, quantizer in zip(KINDS, quantizers, strict=True)
         )
         weight, activation = (
-            dict(zip(state["bits"], sizes.tolist(), strict=True))
-            for sizes in (
-                mean_step_sizes(tensors[f"{quantizer}.scale"], *bounds.get(quantizer, ()))
-                for quantizer in quantizers
-            )
+            _by_bits(model, f"{quantizer}.scale", bits, _bounds(bounds, quantizer))
+            for quantizer in quantizers
         )
         yield name, weight, activation
+
+
+def _started(model: Mapping[str, Any], key: str, bits: Sequence[int]) -> list[bool]:
+    """Which step sizes of a quantizer have their start value."""
+    initialized = model.get(key)
+    if not isinstance(initialized, torch.Tensor) or initialized.shape != (len(bits),):
+        raise FileFormatError(f"{key}: is missing, or does not say which step sizes have begun")
+    return [bool(value) for value in initialized.tolist()]
+
+
+def _bounds(bounds: Any, quantizer: str) -> tuple[float, float] | tuple[()]:
+    """The least and the largest step size of a quantizer; () where a checkpoint does not say."""
+    found = bounds.get(quantizer, ()) if isinstance(bounds, dict) else None
+    if found == ():
+        return ()
+    if not isinstance(found, list) or [type(value) for value in found] != [float, float]:
+        raise FileFormatError(f"scale_bounds: {shown(quantizer)} has no two bounds")
+    return found[0], found[1]
+
+
+def _by_bits(
+    model: Mapping[str, Any],
+    key: str,
+    bits: Sequence[int],
+    bounds: tuple[float, float] | tuple[()],
+) -> dict[int, float]:
+    """The step sizes of one quantizer, a mean where it has several."""
+    scale = model.get(key)
+    if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
+        raise FileFormatError(f"{key}: is missing, or no tensor of step sizes")
+    if scale.dim() == 0 or len(scale) != len(bits) or scale.numel() == 0:
+        raise FileFormatError(f"{key}: has shape {tuple(scale.shape)}, not one for each of {bits}")
+    return dict(zip(bits, mean_step_sizes(scale, *bounds).tolist(), strict=True))
 
 
 def _joint_state(content: Any) -> dict[str, Any] | None:
@@ -263,8 +359,10 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Put the random generators of this process back into these states."""
     torch.set_rng_state(states["torch"])
-    name, words, *rest = states["numpy"]
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    name, words, place, *rest = states["numpy"]
+    if type(place) is not int or not 0 <= place <= len(words) == _NUMPY_WORDS:
+        raise ValueError("random: numpy: is no state of its generator")
+    np.random.set_state((name, words.numpy().astype(np.uint32), place, *rest))  # noqa: NPY002
     random.setstate(states["python"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -274,6 +372,67 @@ def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint keeps for this process; None where it is of another number of processes."""
     processes = state["processes"]
     return processes[rank()] if len(processes) == world_size() else None
+
+
+def check_alike(saved: Any, own: Any, where: str) -> None:
+    """Make sure that values of a checkpoint are of the kinds that a training's own state has.
+
+    Keys that only one of them has are passed over: they come and go with versions of torch, and
+    whoever takes the state back misses what it needs. Tensors are for their owners to judge.
+
+    Args:
+        saved: The state in the checkpoint.
+        own: The state of the training that takes it back.
+        where: What both are called.
+
+    Raises:
+        ValueError: A value is of another kind; the message says which.
+    """
+    if isinstance(own, dict):
+        fits = isinstance(saved, dict)
+        pairs = [(key, saved[key], own[key]) for key in own if fits and key in saved]
+    elif isinstance(own, list | tuple):
+        # A list that is empty yet, such as that of the records, may have grown.
+        fits = isinstance(saved, list | tuple) and (not own or len(saved) == len(own))
+        pairs = list(zip(range(len(own)), saved, own)) if fits else []  # noqa: B905
+    else:
+        numbers = (int, float)
+        fits = (
+            own is None
+            or saved is None
+            or isinstance(own, torch.Tensor)
+            or (isinstance(saved, torch.Tensor) and saved.numel() == 1)
+            or type(own) is type(saved)
+            or (type(own) in numbers and type(saved) in numbers)
+        )
+        if fits and type(saved) in numbers and not math.isfinite(saved):
+            fits = type(own) is float and not math.isfinite(own)
+        pairs = []
+    if not fits:
+        raise ValueError(f"{where}: is {shown(saved)}, expected something like {shown(own)}")
+    for key, one, other in pairs:
+        check_alike(one, other, f"{where}.{key}" if where else f"{key}")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that what an optimizer of ours took back belongs to its parameters.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
+        return
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, state in optimizer.state.items():
+        if parameter not in known or not isinstance(state, dict):
+            raise ValueError("optimizer: its state is not of these parameters")
+        for name, value in state.items():
+            alone = isinstance(value, torch.Tensor) and value.numel() == 1
+            if not (value is None or alone or getattr(value, "shape", None) == parameter.shape):
+                raise ValueError(
+                    f"optimizer: {shown(name)} does not fit a parameter of shape"
+                    f" {tuple(parameter.shape)}"
+                )
 
 
 def agree_to_stop(

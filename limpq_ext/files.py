@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import uuid
@@ -18,19 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from limpq_ext.extras import require
+from limpq_ext.reading import FileFormatError, read_object, reading
 
 Document = TypeVar("Document")
 
 STRICT: Final[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
 """``__pydantic_config__`` of every dataclass that is read from a file: no unknown fields, and no
 conversions such as "4" or 4.0 to 4."""
-
-
-class FileFormatError(ValueError):
-    """A file does not hold what it should; one line that names file, field and reason."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 @contextlib.contextmanager
@@ -133,7 +128,7 @@ def load_document(
         OSError: If it cannot be read: a folder, no permission.
         FileFormatError: If it is not such a document; the message names file, field and reason.
     """
-    document = _parse(path, read_bytes(path, format))
+    document = read_object(path, format)
     for field, expected in (("format", format), ("version", version)):
         if field not in document:
             raise FileFormatError(f"{os.fspath(path)}: {field}: is missing, not a {format} file")
@@ -142,56 +137,25 @@ def load_document(
             known = f"this limpq_ext reads {field} {json.dumps(expected)}"
             raise FileFormatError(f"{os.fspath(path)}: {field}: is {_shown(value)}; {known}")
     pydantic = require("pydantic", "search")
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(document))
-    except pydantic.ValidationError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {_first(error, document)}") from error
+    with reading(path):
+        try:
+            value = pydantic.TypeAdapter(kind).validate_json(json.dumps(document))
+        except pydantic.ValidationError as error:
+            raise FileFormatError(_first(error, document)) from error
+        _check_finite(document, "")
+        return value
 
 
-def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
-    """Read a whole file.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error message.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        OSError: If it cannot be read; the subclass and ``errno`` are those of the cause
-            (``FileNotFoundError`` where there is no such file).
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        reason = f"cannot read the {what} file: {error.strerror}"
-        raise OSError(error.errno, reason, os.fspath(path)) from error
-
-
-def _parse(path: str | os.PathLike[str], data: bytes) -> dict[str, Any]:
-    """The JSON object that the bytes hold; NaN and Infinity pass, for the fields to judge."""
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise FileFormatError(
-            f"{os.fspath(path)}: not UTF-8 text (byte {error.start}: {error.reason})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{os.fspath(path)}: not JSON, or cut short: {error}") from error
-    if not isinstance(document, dict):
-        raise FileFormatError(f"{os.fspath(path)}: holds {_shown(document)}, not a JSON object")
-    return document
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no field stands twice (json itself keeps the last one silently)."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice!r} stands twice in one object")
-    return fields
+def _check_finite(value: Any, field: str) -> None:
+    """Refuse the NaN and infinities that no field refused, which could not be written again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FileFormatError(f"{field}: is {value}")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_finite(inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _check_finite(inner, f"{field}[{place}]")
 
 
 def _first(error: Any, document: Any) -> str:

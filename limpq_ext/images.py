@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .extras import require
 from .files import write_json
+from .reading import FileFormatError, read_object
 
 SUFFIXES: Final = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -284,10 +284,14 @@ def _ends_well(path: Path) -> bool:
 def _read_cache(path: Path | None) -> dict[str, Any]:
     """What an earlier scan found; nothing, where its file is missing or damaged."""
     try:
-        content = json.loads(path.read_bytes()) if path is not None else {}
-    except (OSError, ValueError):
+        content = read_object(path, "scan") if path is not None else {}
+    except (OSError, FileFormatError):
         return {}
-    valid = isinstance(content, dict) and all(
-        isinstance(entry, dict) and set(entry) == {"key", "broken"} for entry in content.values()
+    valid = all(
+        isinstance(entry, dict)
+        and set(entry) == {"key", "broken"}
+        and isinstance(entry["broken"], dict)
+        and all(isinstance(why, str) for why in entry["broken"].values())
+        for entry in content.values()
     )
     return content if valid else {}

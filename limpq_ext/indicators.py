@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 from limpq_ext.bits import check_bits
-from limpq_ext.files import STRICT, FileFormatError, load_document, save_document
+from limpq_ext.files import STRICT, load_document, save_document
+from limpq_ext.reading import reading
 
 if TYPE_CHECKING:
     from torch import nn
@@ -299,12 +300,11 @@ class Indicators:
         cls, path: str | os.PathLike[str], read: Callable[[], Iterable[StepSizes]], source: str
     ) -> Indicators:
         """Indicators from what a reader finds in a file."""
-        try:
-            layers = tuple(LayerIndicators(*found) for found in read())
+        found = read()
+        with reading(path):
+            layers = tuple(LayerIndicators(*layer) for layer in found)
             bits = tuple(layers[0].weight) if layers else ()
             return cls(bits, layers, {"source": f"{source}, {Path(path).name}"})
-        except (ValueError, OverflowError) as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
 
     def normalised(self) -> Indicators:
         """The same with a mean of 1 for each kind, so that alpha weighs the kinds as equals.

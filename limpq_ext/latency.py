@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Final
 
 from limpq_ext.bits import check_bits
 from limpq_ext.costs import Costs
-from limpq_ext.files import STRICT, FileFormatError, load_document, read_bytes, save_document
+from limpq_ext.files import STRICT, load_document, save_document
+from limpq_ext.reading import FileFormatError, decode, read_bytes, reading, shown
 
 FORMAT: Final = "limpq-latency"
 VERSION: Final = 1
@@ -178,17 +179,17 @@ class LatencyTable:
 
 
 def _from_csv(path: str | os.PathLike[str]) -> LatencyTable:
-    name = os.fspath(path)
-    try:
-        text = read_bytes(path, FORMAT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{name}: not UTF-8 text (byte {error.start})") from error
+    data = read_bytes(path, FORMAT)
+    with reading(path):
+        text = decode(data)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     entries = []
     try:
         header = next(lines, [])
         if tuple(field.strip() for field in header) != HEADER:
-            raise ValueError(f"expected the header {','.join(HEADER)}, got {','.join(header)!r}")
+            raise ValueError(
+                f"expected the header {','.join(HEADER)}, got {shown(','.join(header))}"
+            )
         for line in lines:
             if not line:
                 continue
@@ -199,16 +200,14 @@ def _from_csv(path: str | os.PathLike[str]) -> LatencyTable:
                 LatencyEntry(layer, _bits(weight_bits), _bits(activation_bits), _seconds(seconds))
             )
     except (csv.Error, ValueError) as error:
-        raise FileFormatError(f"{name}: line {lines.line_num}: {error}") from error
-    try:
+        raise FileFormatError(f"{os.fspath(path)}: line {lines.line_num}: {error}") from error
+    with reading(path):
         return LatencyTable(tuple(entries), {"source": Path(path).name})
-    except ValueError as error:
-        raise FileFormatError(f"{name}: {error}") from error
 
 
 def _bits(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 3):
-        raise ValueError(f"{text!r} is not a bit-width")
+        raise ValueError(f"{shown(text)} is not a bit-width")
     return int(text)
 
 
@@ -216,4 +215,4 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number of seconds") from None
+        raise ValueError(f"{shown(text)} is not a number of seconds") from None

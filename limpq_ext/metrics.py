@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from .distributed import add_up, is_main
 from .files import open_atomically
 from .quantizers import LsqQuantizer
+from .reading import parse_json, read_bytes, shown
+
+METRICS_BYTES = 2**30
+"""The most bytes of ``metrics.jsonl``."""
 
 Record = dict[str, Any]
 """Numbers by name, some of them nested; "step" says when."""
@@ -72,7 +76,17 @@ class Meter:
         return dict(self._sums)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take sums back."""
+        """Take sums back.
+
+        Raises:
+            ValueError: They are no sums.
+        """
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float64:
+                raise ValueError(f"meter: {shown(name)} is no sum")
+            kind, _, branch = name.partition(" ")
+            if kind == "correct" and f"samples {branch}" not in state:
+                raise ValueError(f"meter: 'samples {branch}' is missing")
         self._sums = {name: value.to(self._device) for name, value in state.items()}
 
 
@@ -130,7 +144,7 @@ class MetricsFile:
         """Drop the stage's lines after a step, and a last line that a killed run left cut short."""
         if not self.path.exists():
             return
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = read_bytes(self.path, "metrics", METRICS_BYTES).splitlines(keepends=True)
         kept = [
             line
             for line in lines
@@ -239,12 +253,13 @@ def guarded_scales(model: nn.Module) -> list[str]:
 
 def _is_after(line: bytes, stage: str, step: int) -> bool:
     try:
-        record = json.loads(line)
-    except ValueError:
-        return False
+        record = parse_json(line.decode())
+    except (ValueError, RecursionError):
+        return False  # somebody else's, which is kept
     if not isinstance(record, dict) or record.get("stage") != stage:
         return False
-    return step == 0 or record.get("step", 0) > step
+    written = record.get("step", 0)
+    return step == 0 or (isinstance(written, int | float) and written > step)
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

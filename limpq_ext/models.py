@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .extras import require
-from .files import FileFormatError, open_atomically
+from .files import open_atomically
+from .reading import FileFormatError, reading
+from .tensors import load_safetensors, load_saved
 
 
 class CifarResNet(nn.Module):
@@ -332,7 +334,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: There is no such file.
         FileFormatError: It is no such file, or its names or shapes are not the model's.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"weights '{os.fspath(path)}' do not exist")
     own = model.state_dict()
     state = _without_prefixes(_read_state(path), own)
@@ -341,11 +343,16 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not hasattr(state, "_metadata"):
         state = OrderedDict(state)
         setattr(state, "_metadata", versions)  # noqa: B010
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise FileFormatError(f"{os.fspath(path)}: {reason}") from error
+    for name in own.keys() & state.keys():
+        if state[name].is_floating_point() != own[name].is_floating_point():
+            raise FileFormatError(
+                f"{os.fspath(path)}: '{name}' is {state[name].dtype}, the model's {own[name].dtype}"
+            )
+    with reading(path):
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[-1].strip()) from error
     problems = [
         f"{problem} {_some(names)}"
         for problem, names in (("lacks", missing), ("has, unlike the model,", unexpected))
@@ -373,22 +380,13 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if Path(path).suffix == ".safetensors":
-        safetensors = require("safetensors", "train")
-        load_file = require("safetensors.torch", "train").load_file
-        try:
-            return load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise FileFormatError(f"{os.fspath(path)}: not a safetensors file: {error}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise FileFormatError(
-            f"{os.fspath(path)}: not a readable checkpoint: {first_line}"
-        ) from error
+        return load_safetensors(path, "weights")
+    content = load_saved(path, "weights")
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise FileFormatError(f"{os.fspath(path)}: holds no state_dict")
     return content

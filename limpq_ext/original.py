@@ -5,15 +5,21 @@ https://github.com/1hunters/LIMPQ names the layers of a model under DataParallel
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from limpq_ext.extras import require
-from limpq_ext.files import FileFormatError, open_atomically, read_bytes
+from limpq_ext.files import open_atomically
 from limpq_ext.indicators import StepSizes
+from limpq_ext.reading import (
+    FileFormatError,
+    decode,
+    load_pickle,
+    parse_yaml,
+    read_bytes,
+    reading,
+    shown,
+)
 
 
 def read_indicators(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
@@ -24,10 +30,8 @@ def read_indicators(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
         FileFormatError: If it is not such a pickle.
     """
     data = read_bytes(path, "LIMPQ indicators")
-    try:
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a broken pickle raises almost anything
-        raise FileFormatError(f"not read as a pickle: {error}") from error
+    with reading(path, "not read as a pickle"):
+        content = load_pickle(data)
     return _layers(content)
 
 
@@ -39,15 +43,26 @@ def read_step_sizes(path: str | os.PathLike[str], bits: Sequence[int]) -> Iterat
         FileFormatError: If it is not such a checkpoint.
     """
     # The other files do not need torch.
+    from limpq_ext.tensors import load_saved
+
+    return _step_sizes(load_saved(path, "LIMPQ checkpoint"), bits)
+
+
+def _step_sizes(content: Any, bits: Sequence[int]) -> Iterator[StepSizes]:
+    """The step sizes of all layers in such a checkpoint.
+
+    Raises:
+        FileFormatError: If something in it is missing or of another type.
+    """
     import torch
 
-    from limpq_ext.checkpoint import load_plain
-
-    content = load_plain(path, "LIMPQ checkpoint")
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise FileFormatError("holds no state_dict")
     endings = (".quan_w_fn.s", ".quan_a_fn.s")
+    for name in state:
+        if not isinstance(name, str):
+            raise FileFormatError(f"its state_dict has the key {shown(name)}, which is no name")
     names = [name.removesuffix(endings[0]) for name in state if name.endswith(endings[0])]
     if not names:
         raise FileFormatError("its state_dict has no quan_w_fn.s: no indicator training")
@@ -59,6 +74,8 @@ def read_step_sizes(path: str | os.PathLike[str], bits: Sequence[int]) -> Iterat
                 shape = tuple(getattr(step_sizes, "shape", ())) if name + ending in state else None
                 found = "is missing" if shape is None else f"has shape {shape}"
                 raise FileFormatError(f"{name}{ending} {found}, not one for each of {list(bits)}")
+            if not step_sizes.is_floating_point():
+                raise FileFormatError(f"{name}{ending} is {step_sizes.dtype}, no step sizes")
             values.append(dict(zip(bits, step_sizes.tolist(), strict=True)))
         yield name.removeprefix("module."), *values
 
@@ -74,11 +91,9 @@ def read_bit_lists(path: str | os.PathLike[str]) -> tuple[list[int], list[int]]:
         FileFormatError: If it is not YAML or lacks one of them.
         ImportError: If PyYAML is not installed.
     """
-    yaml = require("yaml", "cli")
-    try:
-        content = yaml.safe_load(read_bytes(path, "LIMPQ configuration"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{os.fspath(path)}: not a YAML file: {error}") from error
+    data = read_bytes(path, "LIMPQ configuration")
+    with reading(path, "not a YAML file"):
+        content = parse_yaml(decode(data))
     lists = []
     for key in ("weight_bits", "act_bits"):
         values = content.get(key) if isinstance(content, dict) else None
@@ -101,13 +116,6 @@ def write_bit_lists(
         file.write(f"weight_bits: {list(weight)}\nact_bits: {list(activation)}\n".encode())
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; whatever names a class or a function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
-
-
 def _layers(content: Any) -> Iterator[StepSizes]:
     """The layers of an unpickled LIMPQ file.
 
@@ -121,13 +129,15 @@ def _layers(content: Any) -> Iterator[StepSizes]:
         if not isinstance(content[key], kind):
             raise FileFormatError(f"{key}: is no {kind.__name__}")
     names = content["layer_name"]
-    for key in ("weight", "act"):
-        for name in content[key]:
-            if name not in names:
-                raise FileFormatError(f"{key}: layer {name!r} is not in layer_name")
     for name in names:
         if not isinstance(name, str):
-            raise FileFormatError(f"layer_name: {name!r} is no string")
+            raise FileFormatError(f"layer_name: {shown(name)} is no string")
+    known = set(names)
+    for key in ("weight", "act"):
+        for name in content[key]:
+            if name not in known:
+                raise FileFormatError(f"{key}: layer {shown(name)} is not in layer_name")
+    for name in names:
         weight, activation = (_values(content[key], key, name) for key in ("weight", "act"))
         yield name.removeprefix("module."), weight, activation
 
@@ -138,8 +148,8 @@ def _values(layers: dict[Any, Any], key: str, name: str) -> dict[int, float]:
     if not isinstance(values, dict):
         raise FileFormatError(f"{key}: layer {name!r} has no dict of indicators")
     for b, value in values.items():
-        if not (isinstance(b, str) and b.isascii() and b.isdigit() and b == str(int(b))):
-            raise FileFormatError(f"{key}: layer {name!r}: {b!r} is no bit-width")
+        if not (isinstance(b, str) and b.isascii() and b.isdigit() and len(b) <= 2 and b[0] != "0"):
+            raise FileFormatError(f"{key}: layer {name!r}: {shown(b)} is no bit-width")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise FileFormatError(f"{key}: layer {name!r}: indicator at {b} bits is no number")
     return {int(b): value for b, value in values.items()}

@@ -37,6 +37,7 @@ from .metrics import Journal, Meter, MetricsFile, Record, TensorBoard
 from .models import create_model, is_published, load_weights, save_weights
 from .policy import Policy
 from .prepare import apply_policy, prepare
+from .reading import FileFormatError, read_object, shown
 from .recipe import Recipe, TrainingSection, dump_recipe
 from .search import search
 from .training import (
@@ -669,10 +670,7 @@ class _Stages:
             self.files.append(TensorBoard(folder / TENSORBOARD))
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STAGES).exists():
-            try:
-                self.record = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / STAGES}: not a JSON file: {error}") from error
+            self.record = read_record(folder / STAGES)
         elif (folder / RECIPE).exists():
             raise ValueError(
                 f"{folder} holds a {RECIPE} but no {STAGES}: it is not the folder of a run;"
@@ -765,6 +763,31 @@ class _Stages:
                 raise ValueError(
                     f"{path} {how} and would be overwritten: move it away or choose another --out"
                 )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What ``stages.json`` says about every stage: "inputs", "outputs" and "seconds".
+
+    Raises:
+        OSError: It cannot be read.
+        FileFormatError: It is no such file.
+    """
+    record = read_object(path, "stages")
+    for name, stage in record.items():
+        where = f"{path}: {shown(name)}"
+        if not isinstance(stage, dict):
+            raise FileFormatError(f"{where}: is {shown(stage)}, not the record of a stage")
+        outputs = stage.get("outputs")
+        if not isinstance(stage.get("inputs"), str):
+            raise FileFormatError(f"{where}: inputs: is missing, or no digest")
+        if not isinstance(outputs, dict) or not all(
+            digest is None or isinstance(digest, str) for digest in outputs.values()
+        ):
+            raise FileFormatError(f"{where}: outputs: is missing, or not digests by file")
+        seconds = stage.get("seconds")
+        if type(seconds) not in (int, float) or not 0 <= float(seconds or 0) < math.inf:
+            raise FileFormatError(f"{where}: seconds: is {shown(seconds)}, no number of seconds")
+    return record
 
 
 def _note_broken(data: Data, folder: Path, reporter: Reporter) -> None:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Final
 
 from limpq_ext.bits import check_bits
 from limpq_ext.costs import FIXED_BITS, Costs
-from limpq_ext.files import STRICT, FileFormatError, load_document, save_document
+from limpq_ext.files import STRICT, load_document, save_document
+from limpq_ext.reading import FileFormatError, reading
 
 FORMAT: Final = "limpq-policy"
 VERSION: Final = 1
@@ -132,8 +133,8 @@ class Policy:
         meta: How it was found; anything that JSON has a form for.
 
     Raises:
-        ValueError: If there is no layer, two layers have one name, or objective, bound or gap is
-            NaN or infinite.
+        ValueError: If there is no layer, two layers have one name, or objective, bound, gap or a
+            number of a budget is NaN or infinite.
     """
 
     layers: tuple[LayerBits, ...]
@@ -160,6 +161,11 @@ class Policy:
             value = getattr(self, what)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"policy: {what} is {value}")
+        for budget in self.budgets:
+            if not (math.isfinite(budget.limit) and math.isfinite(budget.used)):
+                raise ValueError(
+                    f"budget {budget.name!r}: limit is {budget.limit}, used is {budget.used}"
+                )
 
     @classmethod
     def uniform(
@@ -256,10 +262,8 @@ class Policy:
                 raise FileFormatError(
                     f"{os.fspath(path)}: {key}: has {len(values)} entries for {len(names)} layers"
                 )
-        try:
+        with reading(path):
             return cls(tuple(map(LayerBits, names, *lists)), meta={"source": "LIMPQ"})
-        except ValueError as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
 
     def save_limpq(self, path: str | os.PathLike[str], layers: Iterable[str] | None = None) -> None:
         """Write the lists ``weight_bits`` and ``act_bits`` for LIMPQ's own fine-tuning.

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .bits import MAX_BITS, MIN_BITS
 from .extras import require
 from .glyphs import CLASSES
 from .images import OnCorrupt, Scan
+from .reading import (
+    YAML_BYTES,
+    FileFormatError,
+    decode,
+    parse_yaml,
+    read_bytes,
+    reading,
+    shown,
+)
 from .sources import canonical_name
 from .transforms import Augment
 
@@ -330,19 +338,21 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
     Raises:
         FileNotFoundError: There is neither.
-        ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
-            reason.
+        FileFormatError: It is not YAML, or a key or value is wrong; one line that names file, key
+            and reason.
     """
     name = os.fspath(path)
     file: Any = Path(path)
     shipped = shipped_recipes()
     if name in shipped:
-        file = resources.files(__package__) / "recipes" / f"{name}.yaml"
-    elif not file.is_file():
+        file = Path(str(resources.files(__package__) / "recipes" / f"{name}.yaml"))
+    elif not file.exists():
         raise FileNotFoundError(
             f"recipe '{name}' does not exist: expected a file, or one of {', '.join(shipped)}"
         )
-    return make_recipe(_content(file, name), source=name)
+    content = _content(file, name)
+    with reading(name):
+        return make_recipe(content, source=name)
 
 
 def load_restrictions(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -353,28 +363,27 @@ def load_restrictions(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not YAML, or a key or value is wrong; one line that names file, key and
-            reason.
+        FileFormatError: It is not YAML, or a key or value is wrong; one line that names file, key
+            and reason.
     """
     name = os.fspath(path)
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"restrictions file '{name}' does not exist")
-    section = _validated(RestrictionsSection, _content(Path(path), name), name)
+    content = _content(Path(path), name)
+    with reading(name):
+        section = _validated(RestrictionsSection, content, name)
     return {name: getattr(section, name) for name in type(section).model_fields}
 
 
 def _content(file: Any, name: str) -> dict[str, Any]:
     """The keys and values of a YAML file, none if it is empty; ``name`` is for the errors."""
-    yaml = require("yaml", "cli")
-    try:
-        content = _read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: not a YAML file: {reason}") from error
+    data = read_bytes(file, "recipe", YAML_BYTES)
+    with reading(name, "not a YAML file"):
+        content = parse_yaml(decode(data))
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: expected keys and values, not {type(content).__name__}")
+        raise FileFormatError(f"{name}: expected keys and values, not {type(content).__name__}")
     return content
 
 
@@ -407,14 +416,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     Raises:
         ValueError: There is no "=", no key, or the value is not YAML.
     """
-    yaml = require("yaml", "cli")
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"'{text}': expected KEY=VALUE, for example finetune.epochs=3")
     try:
-        return key.strip(), _read_yaml(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"'{text}': the value is not YAML") from error
+        return key.strip(), parse_yaml(value)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{shown(text)}: the value is not YAML, or too large") from error
 
 
 def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -445,21 +453,6 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe
                 )
         inner[last] = value
     return make_recipe(content, source=source)
-
-
-def _read_yaml(text: str) -> Any:
-    """YAML in which "off" is a word: of booleans there are true and false alone, as in YAML 1.2."""
-    yaml = require("yaml", "cli")
-    boolean = "tag:yaml.org,2002:bool"
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # imported by require
-        yaml_implicit_resolvers: ClassVar[Any] = {
-            first: [(tag, pattern) for tag, pattern in pairs if tag != boolean]
-            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    Loader.add_implicit_resolver(boolean, re.compile("^(true|True|false|False)$"), list("tTfF"))
-    return yaml.load(text, Loader)  # a subclass of the safe one
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -23,6 +23,8 @@ from .checkpoint import (
     Stateful,
     StopSignals,
     agree_to_stop,
+    check_alike,
+    check_optimizer,
     own_part,
     set_random_states,
 )
@@ -31,6 +33,7 @@ from .failures import NonFiniteError
 from .inputs import moved, samples_in
 from .metrics import Journal, Meter, Record, guarded_scales, memory
 from .quantizers import LsqQuantizer
+from .reading import reading, shown
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -213,7 +216,11 @@ def run_epochs(
     course = _Course({**parts, "schedule": schedule})
     saved = None if checkpoint is None else checkpoint.load()
     if checkpoint is not None and saved is not None:
-        course.load_state_dict(saved)
+        with reading(checkpoint.path):
+            if type(saved.get("step")) is not int or not 0 <= saved["step"] <= total:
+                raise ValueError(f"step: is {shown(saved.get('step'))}, expected 0 to {total}")
+            course.load_state_dict(saved)
+            check_optimizer(optimizer)
         if journal is not None:
             journal.report(f"going on after step {course.step} of {total} from {checkpoint.path}")
     if journal is not None:
@@ -246,7 +253,8 @@ def run_epochs(
             batches = batches_of_epoch(loader, epoch - 1, course.batch)
             if saved is not None:
                 # After the loader started, which may have drawn numbers.
-                _take_over(saved, meter, journal)
+                with reading(checkpoint.path if checkpoint is not None else ""):
+                    _take_over(saved, meter, journal)
                 saved = None
             for batch in itertools.islice(batches, steps_per_epoch - course.batch):
                 x, target = moved(batch, device)
@@ -330,6 +338,15 @@ class _Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_alike(state, self.state_dict(), "")
+        if not all(isinstance(record, dict) for record in state["records"]):
+            raise ValueError("records: are no records of epochs")
+        for name, value in state["epoch_sums"].items():
+            if type(value) is not float:
+                raise ValueError(f"epoch_sums: {shown(name)} is {shown(value)}, no sum")
+            kind, _, branch = name.partition(" ")
+            if kind == "correct" and f"samples {branch}" not in state["epoch_sums"]:
+                raise ValueError(f"epoch_sums: 'samples {branch}' is missing")
         self.step, self.epochs, self.batch = state["step"], state["epochs"], state["batch"]
         self.records = list(state["records"])
         self.epoch_sums = dict(state["epoch_sums"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from limpq_ext import FileFormatError, Indicators, JointTrainer, finetune, prepare
-from limpq_ext.checkpoint import Checkpoint, Interrupted
+from limpq_ext.checkpoint import Checkpoint, Interrupted, write_sealed
 from limpq_ext.data import make_loader
 from limpq_ext.metrics import Journal, MetricsFile
 from limpq_ext.training import Recording, run_epochs
@@ -250,7 +250,8 @@ def cut_short(path):
 
 def foreign(path):
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "key": "another recipe"}, path)
+    with path.open("wb") as file:
+        write_sealed(file, {**state, "key": "another recipe"})
 
 
 def newer(path):
@@ -269,7 +270,7 @@ def pickled(path):
         (lambda path: path.write_bytes(b""), "checkpoint: not a readable checkpoint"),
         (pickled, "checkpoint: not a readable checkpoint"),
         (lambda path: torch.save([1], path), "checkpoint: not a checkpoint of a training"),
-        (newer, "checkpoint: version is 9, this limpq_ext reads 1"),
+        (newer, "checkpoint: version is 9, this limpq_ext reads 2"),
         (foreign, "checkpoint: this checkpoint belongs to another recipe or other inputs"),
     ],
 )
