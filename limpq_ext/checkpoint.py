@@ -422,6 +422,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
         return
+    for group in optimizer.param_groups:
+        if missing := optimizer.defaults.keys() - group.keys():
+            raise ValueError(f"optimizer: {min(missing)} is missing")
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, state in optimizer.state.items():
         if parameter not in known or not isinstance(state, dict):

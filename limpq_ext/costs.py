@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from limpq_ext.bits import check_bits
 from limpq_ext.files import STRICT, load_document, save_document
+from limpq_ext.reading import shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +20,15 @@ VERSION: Final = 1
 
 FIXED_BITS: Final = 8
 """Bit-width of the first and the last layer, weights and activations, which are not searched."""
+
+MOST: Final = 2**63 - 1
+"""The most that a count of one layer or tensor can be; what is added up of them stays exact."""
+
+MOST_MOMENTS: Final = 100_000
+"""The most moments of a forward: calls of quantizable layers."""
+
+MOST_HELD: Final = 10**7
+"""The most moments at which tensors are held, all tensors together."""
 
 FLOAT_BITS: Final = 32
 """Bits per weight of the float model that compression ratios compare with."""
@@ -89,8 +99,9 @@ class Costs:
     Raises:
         TypeError: If a count is not an integer.
         ValueError: If there is no searchable layer, two layers have one name, or a count is
-            negative, or ``fixed_bits`` is outside 2 to 16, or ``shared_inputs`` or ``tensors``
-            name a layer that is not there.
+            negative or above ``MOST``, or ``fixed_bits`` is outside 2 to 16, or ``shared_inputs``
+            or ``tensors`` name a layer that is not there, or tensors are held for more than
+            ``MOST_MOMENTS``, or ``MOST_HELD`` all together.
     """
 
     layers: tuple[LayerCost, ...]
@@ -117,8 +128,10 @@ class Costs:
                 count = getattr(layer, what)
                 if type(count) is not int:
                     raise TypeError(f"layer {layer.name!r}: {what} must be an int, got {count!r}")
-                if count < 0:
-                    raise ValueError(f"layer {layer.name!r}: {what} is {count}")
+                if not 0 <= count <= MOST:
+                    raise ValueError(
+                        f"layer {layer.name!r}: {what} is {shown(count)}, expected 0 to {MOST}"
+                    )
         object.__setattr__(self, "shared_inputs", tuple(map(tuple, self.shared_inputs)))
         object.__setattr__(self, "tensors", tuple(self.tensors))
         for group in self.shared_inputs:
@@ -130,8 +143,15 @@ class Costs:
         for tensor in self.tensors:
             if tensor.layer is not None and tensor.layer not in seen:
                 raise ValueError(f"live tensor: there is no layer {tensor.layer!r}")
-            if tensor.elements < 0 or not 0 <= tensor.first <= tensor.last:
+            if not 0 <= tensor.elements <= MOST or not 0 <= tensor.first <= tensor.last:
                 raise ValueError(f"live tensor: elements or moments are wrong: {tensor}")
+            if tensor.last >= MOST_MOMENTS:
+                raise ValueError(
+                    f"live tensor: last is {tensor.last}, expected below {MOST_MOMENTS}"
+                )
+        held = sum(tensor.last - tensor.first + 1 for tensor in self.tensors)
+        if held > MOST_HELD:
+            raise ValueError(f"live tensors: held at {held} moments, expected at most {MOST_HELD}")
 
     @property
     def all_weights(self) -> int:
@@ -179,12 +199,10 @@ class Costs:
             assignment: Name -> (weight bits, activation bits).
 
         Returns:
-            The ratio, exactly.
-
-        Raises:
-            ZeroDivisionError: If the network has no weights.
+            The ratio, exactly; 1 where the network has no weights.
         """
-        return Fraction(FLOAT_BITS * self.all_weights, self.size_bits(assignment))
+        size = self.size_bits(assignment)
+        return Fraction(FLOAT_BITS * self.all_weights, size) if size else Fraction(1)
 
     def mean_bits(self, assignment: Mapping[str, tuple[int, int]]) -> tuple[Fraction, Fraction]:
         """Mean bit-widths over the searchable layers, where every layer counts the same.

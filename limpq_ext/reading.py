@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import reprlib
 import stat
 from collections import Counter
@@ -256,8 +257,6 @@ def parse_yaml(text: str) -> Any:
 @cache
 def _yaml_loader() -> type[Any]:
     """The loader of plain types, within limits."""
-    import re
-
     yaml = require("yaml", "cli")
     boolean = "tag:yaml.org,2002:bool"
 
@@ -340,7 +339,7 @@ _PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _CHANGES: Final = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 
 
-def check_pickle(file: BinaryIO, size: int) -> None:
+def check_pickle(file: BinaryIO, size: int, refused: re.Pattern[str] | None = None) -> None:
     """Follow a pickle without building anything, up to its end; the file stands behind it then.
 
     Python's unpickler allocates what a pickle merely names: a place in the memo, the length of a
@@ -350,6 +349,7 @@ def check_pickle(file: BinaryIO, size: int) -> None:
     Args:
         file: Stands where the pickle begins.
         size: Bytes of the file.
+        refused: What it may not ask for, a pattern of "module name".
 
     Raises:
         ValueError: If it is no pickle, or passes a limit.
@@ -377,6 +377,9 @@ def check_pickle(file: BinaryIO, size: int) -> None:
         name = opcode.name
         if number > OPCODES:
             raise ValueError(f"a pickle of more than {OPCODES} instructions")
+        if refused is not None and name == "GLOBAL" and refused.fullmatch(str(argument)):
+            asked = str(argument).replace(" ", ".")
+            raise ValueError(f"it asks for {asked}, which is not plain data")
         if name in _GETS:
             if argument not in memo:
                 raise ValueError(f"not a pickle: it refers to {argument}, which was never put")

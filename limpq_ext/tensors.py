@@ -8,6 +8,7 @@ more elements than the file holds. Reading does not depend on what a file says a
 from __future__ import annotations
 
 import os
+import re
 import warnings
 import zipfile
 from typing import Any, BinaryIO, Final
@@ -19,6 +20,11 @@ from .extras import require
 from .reading import DEPTH, check_pickle, open_regular, reading, shown
 
 _LEGACY_PICKLES: Final = 5  # magic number, version, system, content, names of storages
+_SIZED: Final = re.compile(
+    r"(builtins|__builtin__) bytearray|torch(\.\w+)* (\w*Tensor|UntypedStorage|TypedStorage)"
+)
+"""What torch.load calls with a size and without any values."""
+
 _SPREAD: Final = 2**20  # bytes that an expanded tensor may show of a smaller storage
 
 
@@ -69,7 +75,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     if file.read(4) != b"PK\x03\x04":
         file.seek(0)
         for _ in range(_LEGACY_PICKLES):
-            check_pickle(file, size)
+            check_pickle(file, size, _SIZED)
         return
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
@@ -82,7 +88,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
                 # torch can be told to write no checksums, and then writes wrong ones.
                 record.CRC = None  # type: ignore[assignment]
                 with archive.open(record) as pickled:
-                    check_pickle(pickled, record.file_size)  # type: ignore[arg-type]
+                    check_pickle(pickled, record.file_size, _SIZED)  # type: ignore[arg-type]
 
 
 def load_safetensors(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
