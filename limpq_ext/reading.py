@@ -249,7 +249,8 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(reason) from error
     except (KeyError, AttributeError, TypeError) as error:  # of constructors: `!!bool x`
         raise ValueError("a value is not of the type that its tag says") from error
 

@@ -421,8 +421,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ValueError(f"'{text}': expected KEY=VALUE, for example finetune.epochs=3")
     try:
         return key.strip(), parse_yaml(value)
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{shown(text)}: the value is not YAML, or too large") from error
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: the value is not YAML: {error}") from error
 
 
 def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

@@ -1,6 +1,9 @@
 """Valid files of every kind that the package reads, broken in seeded ways and read under limits.
 
     python broken_files.py FOLDER --count N --seed S
+    python broken_files.py FOLDER --hostile
+
+The second reads files that somebody made so that reading them takes all memory or for ever.
 
 Reading has to end with a value or with a FileFormatError of one printable line that begins with the
 file's name. What ends otherwise is printed as one JSON line each; the last line counts.
@@ -21,8 +24,9 @@ import signal
 import struct
 import tempfile
 import traceback
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,6 +444,179 @@ def broken(kind: Kind, data: bytes, rng: random.Random) -> bytes:
     return b""
 
 
+# ----------------------------------------------------------------------------------------- hostile
+
+
+class Called:
+    """What is pickled as a call of a function with some arguments."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = (function, arguments)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def bomb_of_tuples() -> bytes:
+    """A pickle of a dict whose key is a tuple of a tuple of ..., each of them twice."""
+    put, get = b"q\x00", b"h\x00"
+    return b"\x80\x02}(K\x01" + (put + get + b"\x86") * 60 + b"K\x01u."
+
+
+def bomb_of_lists() -> bytes:
+    value: Any = []
+    for _ in range(50):
+        value = [value, value]
+    return pickle.dumps({"weight": {}, "act": {}, "layer_name": [value]})
+
+
+def bomb_of_states() -> bytes:
+    value: Any = {}
+    for _ in range(50):
+        value = {"a": value, "b": value}
+    return save_torch(value)
+
+
+def rezipped(change: Callable[[zipfile.ZipFile, zipfile.ZipInfo, bytes], None]) -> bytes:
+    """A state_dict's archive, written anew record by record."""
+    file = io.BytesIO()
+    valid = io.BytesIO(save_torch({"a": torch.zeros(10**6)}))
+    with zipfile.ZipFile(valid) as source, zipfile.ZipFile(file, "w") as target:
+        for record in source.infolist():
+            change(target, record, source.read(record))
+    return file.getvalue()
+
+
+def deflate(target: zipfile.ZipFile, record: zipfile.ZipInfo, data: bytes) -> None:
+    target.writestr(record.filename, data, zipfile.ZIP_DEFLATED)
+
+
+def overlap(target: zipfile.ZipFile, record: zipfile.ZipInfo, data: bytes) -> None:
+    target.writestr(record.filename, data)
+    target.filelist += target.filelist[-1:] * 100
+
+
+def with_step_sizes(step_sizes: Any) -> bytes:
+    state = {"a.quan_w_fn.s": step_sizes, "a.quan_a_fn.s": step_sizes}
+    return save_torch({"state_dict": state})
+
+
+def costs_with(layer: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    one = {"name": "a", "kind": "linear", "macs": 1, "weights": 1, "activations": 1, **layer}
+    costs = {"layers": [one], "fixed": [], "tensors": tensors}
+    return write_json({"format": "limpq-costs", "version": 1, **costs})
+
+
+def held(first: int, last: int) -> dict[str, Any]:
+    return {"elements": 1, "layer": "a", "first": first, "last": last}
+
+
+def checkpoint_with(**changes: Any) -> Callable[[Mapping[str, bytes]], bytes]:
+    return lambda valid: save_checkpoint({**load_torch(valid["resume.checkpoint"]), **changes})
+
+
+def many_fields() -> bytes:
+    fields = [f'"{i}": 1' for i in range(60_000)] + ['"59999": 2']
+    return f"{{{', '.join(fields)}}}".encode()
+
+
+def bomb_of_aliases() -> bytes:
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    return "\n".join(lines).encode()
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Mapping[str, bytes]], bytes], str]] = {
+    "memo": ("limpq.pkl", lambda _: b"\x80\x02Nr\xff\xff\xff\x3f.", "puts a value in place 1073"),
+    "bytearray": (
+        "limpq.pkl",
+        lambda _: b"\x80\x05\x96" + b"\xff" * 5 + b"\0\0\0.",
+        "expected 1099",
+    ),
+    "tuples": ("limpq.pkl", lambda _: bomb_of_tuples(), "unfolds to more than"),
+    "lists": ("limpq.pkl", lambda _: bomb_of_lists(), "unfolds to more than"),
+    "deep": (
+        "limpq.pkl",
+        lambda _: b"(" * 9 + b"]" + b"\x85" * 10**5 + b".",
+        "nested more than 64",
+    ),
+    "call": ("limpq.pkl", lambda _: pickle.dumps(Called(print, "x")), "asks for builtins.print"),
+    "states": ("trainer.pt", lambda _: bomb_of_states(), "unfolds to more than"),
+    "sized": (
+        "trainer.pt",
+        lambda _: save_torch(Called(bytearray, 10**11)),
+        "__builtin__.bytearray",
+    ),
+    "tensor": (
+        "weights.pt",
+        lambda _: save_torch(Called(torch.Tensor, 10**11)),
+        "it asks for torch.Tensor",
+    ),
+    "deflated": ("weights.pt", lambda _: rezipped(deflate), "its records are compressed"),
+    "overlapping": ("weights.pt", lambda _: rezipped(overlap), "its records overlap"),
+    "expanded": (
+        "limpq.pth.tar",
+        lambda _: with_step_sizes(torch.ones(1).expand(10**12)),
+        "shows 1000000000000 elements of a storage of 4 bytes",
+    ),
+    "sparse": ("limpq.pth.tar", lambda _: with_step_sizes(torch.ones(2).to_sparse()), "is sparse"),
+    "meta": (
+        "limpq.pth.tar",
+        lambda _: with_step_sizes(torch.ones(2, device="meta")),
+        "is on the device 'meta'",
+    ),
+    "complex": ("limpq.pth.tar", lambda _: with_step_sizes(torch.ones(2) + 1j), "is complex"),
+    "integers": ("limpq.pth.tar", lambda _: with_step_sizes(torch.arange(2)), "is torch.int64"),
+    "keys": ("limpq.pth.tar", lambda _: save_torch({"state_dict": {3: 1}}), "has the key 3"),
+    "none": ("weights.pt", lambda _: save_torch({None: torch.ones(1)}), "holds no state_dict"),
+    "steps": (
+        "resume.checkpoint",
+        checkpoint_with(step=10**9),
+        "step: is 1000000000, expected 0 to",
+    ),
+    "no steps": ("resume.checkpoint", checkpoint_with(step="3"), "step: is '3', expected 0 to"),
+    "processes": ("resume.checkpoint", checkpoint_with(processes={}), "processes: is no list"),
+    "brackets": ("policy.json", lambda _: b"[" * 10**6, "is nested too deeply"),
+    "nested": (
+        "policy.json",
+        lambda _: b'{"a":' * 80 + b"1" + b"}" * 80,
+        "nested more than 64 deep",
+    ),
+    "fields": ("policy.json", lambda _: many_fields(), "field '59999' stands twice"),
+    "digits": (
+        "costs.json",
+        lambda _: costs_with({"macs": 10**400}),
+        "an integer of 401 digits",
+    ),
+    "large": (
+        "costs.json",
+        lambda _: costs_with({"macs": 10**50}),
+        "macs is an integer of 167 bits",
+    ),
+    "moments": (
+        "costs.json",
+        lambda _: costs_with({}, [held(0, 10**12)]),
+        "last is 1000000000000, expected below 100000",
+    ),
+    "held": ("costs.json", lambda _: costs_with({}, [held(0, 99_999)] * 200), "held at 20000000"),
+    "list": ("stages.json", lambda _: b"[]", "holds [], not a JSON object"),
+    "null": ("stages.json", lambda _: b"null", "holds None, not a JSON object"),
+    "stage": ("stages.json", lambda _: b'{"data": null}', "'data': is None, not the record"),
+    "aliases": ("recipe.yaml", lambda _: bomb_of_aliases(), "more than 100000 values"),
+    "itself": ("recipe.yaml", lambda _: b"model: &a [*a]", "a value that holds itself"),
+    "flow": ("recipe.yaml", lambda _: b"model: " + b"[" * 10**5, "nested more than 64 deep"),
+    "bool": ("recipe.yaml", lambda _: b"seed: !!bool x", "not of the type that its tag says"),
+    "time": ("recipe.yaml", lambda _: b"seed: !!timestamp x", "not of the type that its tag says"),
+    "sixty": ("recipe.yaml", lambda _: b"seed: 1" + b":1" * 400_000, "more than 10000 characters"),
+    "twice": ("restrictions.yaml", lambda _: b"tied: []\ntied: [a]", "key 'tied' stands twice"),
+    "width": ("recipe.yaml", lambda _: b"bits: [" + b"9" * 4000 + b"]", "bits"),
+    "too large": ("recipe.yaml", lambda _: b"#" * 2**21, "larger than a recipe file may be, 1 MiB"),
+    "configuration": ("limpq.yaml", lambda _: bomb_of_aliases(), "more than 100000 values"),
+    "cell": ("latency.csv", lambda _: b'"' + b"x" * 10**6 + b'"', "field larger than field limit"),
+}
+"""Name: the kind of file, what makes it out of the valid files, and a part of the error."""
+
+
 # ----------------------------------------------------------------------------------------- reading
 
 
@@ -459,8 +636,11 @@ def limited_time():
         signal.signal(signal.SIGPROF, before)
 
 
-def problem_of(kind: Kind, path: Path) -> str:
-    """What is wrong with how reading ended; nothing, if it ended well."""
+def problem_of(kind: Kind, path: Path, reason: str | None = None) -> str:
+    """What is wrong with how reading ended; nothing, if it ended well.
+
+    With a reason it has to be an error that says it.
+    """
     try:
         with limited_time():
             kind.read(path)
@@ -469,11 +649,14 @@ def problem_of(kind: Kind, path: Path) -> str:
             return f"does not begin with the file's name: {str(error)[:300]}"
         if not str(error).isprintable():
             return f"is not printable: {error!r:.300}"
+        if reason is not None and reason not in str(error):
+            return f"does not say {reason!r}: {str(error)[:300]}"
+        return ""
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         return f"{type(error).__name__} in {where}: {error!s:.200}"
-    return ""
+    return "" if reason is None else "is no error"
 
 
 def limit_memory() -> None:
@@ -486,13 +669,26 @@ def limit_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--hostile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     valid = write_files(options.folder)
     for kind in KINDS:  # what is imported at the first use is no part of the limit
         kind.read(options.folder / kind.name)
+    kinds = {kind.name: kind for kind in KINDS}
+    hostile = (
+        {name: make(valid) for name, (_, make, _) in HOSTILE.items()} if options.hostile else {}
+    )
     limit_memory()
+    for name, data in hostile.items():
+        kind_name, _, reason = HOSTILE[name]
+        print(json.dumps({"hostile": name}), flush=True)
+        path = options.folder / kind_name
+        path.write_bytes(data)
+        problem = problem_of(kinds[kind_name], path, reason)
+        if problem:
+            print(json.dumps({"hostile": name, "problem": problem}), flush=True)
     tried: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     for number in range(options.seed, options.seed + options.count):

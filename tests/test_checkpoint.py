@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 
 import numpy as np
@@ -284,6 +285,87 @@ def test_a_spoilt_or_foreign_checkpoint_is_one_sentence(tmp_path, spoil, message
     assert "remove it to start this stage over" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert (tmp_path / "checkpoint").read_bytes() == before
+
+
+def test_a_checkpoint_with_any_bit_changed_is_refused(tmp_path):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(CutOffError):
+        train(tmp_path, cut=3)
+    data = path.read_bytes()
+    checkpoint = Checkpoint(path, key="mine")
+    assert checkpoint.load() is not None
+    rng = random.Random(0)
+    places = [*rng.sample(range(len(data)), 200), *range(len(data) - 80, len(data))]
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(FileFormatError, match=r"(damaged|readable).*; remove it to start"):
+            checkpoint.load()
+
+
+def test_torch_load_reads_a_checkpoint_too(tmp_path):
+    Checkpoint(tmp_path / "c", key="mine").save({"step": 3, "tensor": torch.arange(5)})
+    state = torch.load(tmp_path / "c", weights_only=True)
+    assert (state["key"], state["step"]) == ("mine", 3)
+    assert torch.equal(state["tensor"], torch.arange(5))
+
+
+def changed_within(state, place, value):
+    """The state with another value at a place such as "parts.optimizer"; no value: without it."""
+    *outer, last = place.split(".")
+    for part in outer:
+        state = state[int(part) if part.isdigit() else part]
+    if value is None:
+        del state[last]
+    else:
+        state[int(last) if last.isdigit() else last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("step", 10**9, "step: is 1000000000, expected 0 to 15"),
+        ("step", -1, "step: is -1, expected 0 to 15"),
+        ("step", True, "step: is True, expected 0 to 15"),
+        ("step", torch.tensor(3), "step: is tensor"),
+        ("seconds", "3", "seconds: is '3', expected something like"),
+        ("seconds", float("nan"), "seconds: is nan, expected something like"),
+        ("records", {}, "records: is {}, expected something like"),
+        ("records", [3], "records: are no records"),
+        ("epoch_sums", {"loss": "3"}, "epoch_sums: 'loss' is '3', no sum"),
+        ("epoch_sums", None, "epoch_sums"),
+        ("parts", [], "parts: is .*, expected something like"),
+        ("parts.model", None, "model"),
+        ("parts.optimizer.param_groups.0.lr", "0.1", r"param_groups\.0\.lr: is '0\.1'"),
+        ("parts.optimizer.param_groups.0.lr", None, "optimizer: lr is missing"),
+        (
+            "parts.optimizer.state.0",
+            {"momentum_buffer": torch.ones(3)},
+            "'momentum_buffer' does not",
+        ),
+        ("parts.optimizer.state.0", 3, "optimizer"),
+        ("parts.schedule.last_epoch", "3", "last_epoch: is '3'"),
+        ("parts.update.steps", [3], r"update\.steps: is \[3\]"),
+        ("processes", {}, "processes: is no list of states"),
+        ("processes.0", 3, "processes: is no list of states"),
+        ("processes.0.meter", {"loss": 3.0}, "meter: 'loss' is no sum"),
+        ("processes.0.meter", None, "meter"),
+        ("processes.0.random.torch", torch.ones(3), "ByteTensor"),
+        ("processes.0.random.numpy", ("MT19937", torch.ones(624).long(), 10**6, 0, 0.0), "numpy"),
+        ("processes.0.random.python", (3, (1, 2), None), "state"),
+    ],
+)
+def test_fields_of_a_checkpoint_of_the_wrong_kind_are_named(tmp_path, place, value, message):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(CutOffError):
+        train(tmp_path, cut=3)
+    state = torch.load(path, weights_only=True)
+    changed_within(state, place, value)
+    with path.open("wb") as file:
+        write_sealed(file, state)
+    with pytest.raises(FileFormatError, match=f"^{re.escape(str(path))}: .*{message}"):
+        train(tmp_path)
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -124,6 +125,37 @@ def test_counts_have_to_be_integers(count):
 def test_fixed_bits_outside_2_to_16_are_refused(bits):
     with pytest.raises(ValueError, match=r"fixed layers: .* outside 2 to 16"):
         Costs(COSTS.layers, COSTS.fixed, fixed_bits=bits)
+
+
+def test_without_weights_nothing_is_compressed():
+    costs = Costs((layer(weights=0, activations=1),), ())
+    assert costs.compression({"a": (4, 4)}) == 1
+
+
+@pytest.mark.parametrize("what", ["macs", "weights", "activations"])
+def test_a_count_that_no_network_has_is_refused(what):
+    with pytest.raises(ValueError, match=f"layer 'a': {what} is an integer of 1329 bits"):
+        Costs((layer(**{"activations": 1, what: 10**400}),), ())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([LiveTensor(1, "a", 0, 10**12)], "last is 1000000000000, expected below 100000"),
+        ([LiveTensor(1, "a", 0, 99_999)] * 101, "held at 10100000 moments"),
+        ([LiveTensor(10**30, "a", 0, 0)], "elements or moments are wrong"),
+    ],
+)
+def test_tensors_that_would_take_all_memory_are_refused(tmp_path, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        Costs((layer(activations=1),), (), tensors=tuple(tensors))
+    path = tmp_path / "costs.json"
+    Costs((layer(activations=1),), (), tensors=(LiveTensor(1, "a", 0, 0),)).save(path)
+    document = json.loads(path.read_text())
+    document["tensors"] = [dataclasses.asdict(tensor) for tensor in tensors]
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match=rf"costs\.json: .*{message}"):
+        Costs.load(path)
 
 
 def test_a_wrong_field_in_a_file_is_named(tmp_path):

@@ -65,6 +65,30 @@ def test_lines_that_are_no_records_are_kept(tmp_path):
     assert path.read_text() == "a note\n[1]\n"
 
 
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"stage": "float", "step": "2"}', "\x80", "9" * 5000]
+)
+def test_lines_that_cannot_be_understood_are_kept(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    own = '{"stage": "float", "step": 2}\n'
+    path.write_bytes(f"{line}\n{own}".encode("latin-1"))
+    MetricsFile(path).start("float", after_step=1)
+    assert path.read_bytes() == f"{line}\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"loss": 1.0}, "'loss' is no sum"),
+        ({"loss": torch.zeros(2, dtype=torch.float64)}, "'loss' is no sum"),
+        ({"correct 4": torch.zeros((), dtype=torch.float64)}, "'samples 4' is missing"),
+    ],
+)
+def test_a_meter_refuses_what_are_no_sums(state, message):
+    with pytest.raises(ValueError, match=message):
+        Meter(torch.device("cpu")).load_state_dict(state)
+
+
 def test_records_have_loss_accuracy_speed_and_memory(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     data = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(5)]

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from limpq_ext.data import make_loader
@@ -91,6 +92,32 @@ def test_weights_of_another_network_are_an_error(tmp_path):
         load_weights(CifarResNet(2), tmp_path / "small.safetensors")
     with pytest.raises(FileFormatError, match="size mismatch for fc"):
         load_weights(CifarResNet(1, num_classes=3), tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(2, 2).long(), r"'weight' is torch\.int64, the model's torch\.float32"),
+        (torch.zeros(2, 2).bool(), r"'weight' is torch\.bool"),
+        (torch.zeros(2, 2) + 1j, "tensor 'weight' is complex"),
+    ],
+)
+def test_weights_of_another_kind_are_not_converted(tmp_path, name, value, message):
+    state = {"weight": value, "bias": torch.zeros(2)}
+    if name.endswith("pt"):
+        torch.save(state, tmp_path / name)
+    else:
+        save_file(state, tmp_path / name)
+    with pytest.raises(FileFormatError, match=rf"{name}: {message}"):
+        load_weights(nn.Linear(2, 2), tmp_path / name)
+
+
+@pytest.mark.parametrize("key", [3, None, ("weight",)])
+def test_weights_whose_names_are_no_strings_are_refused(tmp_path, key):
+    torch.save({key: torch.zeros(2, 2)}, tmp_path / "w.pt")
+    with pytest.raises(FileFormatError, match=r"w\.pt: holds no state_dict"):
+        load_weights(nn.Linear(2, 2), tmp_path / "w.pt")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

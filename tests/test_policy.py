@@ -107,6 +107,8 @@ def test_a_policy_that_cannot_be_is_refused(fields, message):
         ('"name": "b"', '"name": "a"', "layer 'a' stands twice"),
         ('"used": 12.25', '"used": "12"', r"budgets\[1\]\.used: .*, got \"12\""),
         ('"gap": 0.0', '"gap": NaN', "policy: gap is nan"),
+        ('"used": 12.25', '"used": Infinity', "budget '.*': limit is .*, used is inf"),
+        ('"meta": {', '"meta": {"a": [1, NaN], ', r"meta\.a\[1\]: is nan"),
         ('"version": 1', '"version": 2', "version: is 2; this limpq_ext reads version 1"),
     ],
 )

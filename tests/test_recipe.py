@@ -231,6 +231,35 @@ def test_what_cannot_be_set_is_named(text, message):
         override(Recipe(), dict([parse_assignment(text)]))
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("[" * 10_000, "nested more than 64 deep"),
+        ("!!bool x", "not of the type that its tag says"),
+        ("!!timestamp x", "not of the type that its tag says"),
+        ("2001-99-99", "month must be in 1..12"),
+        ("&a [*a]", "a value that holds itself"),
+        ("{a: 1, a: 2}", "key 'a' stands twice"),
+        ("1" * 10_001, "more than 10000 characters"),
+        (
+            "[&a0 x, " + ", ".join(f"&a{i + 1} [*a{i}, *a{i}]" for i in range(20)) + "]",
+            "more than 100000 values",
+        ),
+    ],
+)
+def test_a_value_that_is_no_plain_yaml_is_one_sentence(value, reason):
+    with pytest.raises(ValueError, match=f"the value is not YAML: .*{reason}") as caught:
+        parse_assignment(f"seed={value}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_merged_keys_of_yaml_may_be_overridden(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("joint: &a {epochs: 3, lr: 0.5}\nfinetune: {<<: *a, epochs: 4}\n")
+    recipe = load_recipe(path)
+    assert (recipe.finetune.epochs, recipe.finetune.lr) == (4, 0.5)
+
+
 def test_a_name_that_is_no_recipe_is_told_which_are():
     with pytest.raises(FileNotFoundError, match=r"'resnet34' does not exist: .*resnet18-imagenet"):
         load_recipe("resnet34")
