@@ -401,7 +401,6 @@ def check_alike(saved: Any, own: Any, where: str) -> None:
             own is None
             or saved is None
             or isinstance(own, torch.Tensor)
-            or (isinstance(saved, torch.Tensor) and saved.numel() == 1)
             or type(own) is type(saved)
             or (type(own) in numbers and type(saved) in numbers)
         )
@@ -430,8 +429,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         if parameter not in known or not isinstance(state, dict):
             raise ValueError("optimizer: its state is not of these parameters")
         for name, value in state.items():
-            alone = isinstance(value, torch.Tensor) and value.numel() == 1
-            if not (value is None or alone or getattr(value, "shape", None) == parameter.shape):
+            shape = torch.Size() if name == "step" else parameter.shape
+            if value is not None and getattr(value, "shape", None) != shape:
                 raise ValueError(
                     f"optimizer: {shown(name)} does not fit a parameter of shape"
                     f" {tuple(parameter.shape)}"

@@ -141,7 +141,18 @@ def test_a_scan_is_paid_once(tmp_path):
     assert cache.stat().st_size < 1000
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 3}', '{"a": {"key": "b"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"a": 3}',
+        '{"a": {"key": "b"}}',
+        '{"a": {"key": "b", "broken": []}}',
+        '{"a": {"key": "b", "broken": {"c": 1}}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_memory_of_a_scan_is_made_anew(tmp_path, content):
     write_images(tmp_path / "a", 2)
     cache = tmp_path / "scan.json"
