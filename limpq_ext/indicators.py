@@ -287,7 +287,7 @@ class Indicators:
         tables = {"weight": weight or nothing, "activation": activation or nothing}
         for kind, table in tables.items():
             for name in {*names, *table}:
-                if name not in table or name not in names:
+                if name not in table or name not in nothing:
                     raise ValueError(f"layer {name!r} is missing in one of the tables, see {kind}")
         layers = tuple(
             LayerIndicators(name, *(dict(table[name]) for table in tables.values()))

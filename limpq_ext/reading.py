@@ -102,6 +102,11 @@ def shown(value: object) -> str:
 
 
 class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = 100  # names of layers are shown whole
+        self.maxother = 60
+
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write very long integers.
         return str(x) if abs(x) < 10**30 else f"an integer of {x.bit_length()} bits"

@@ -340,6 +340,11 @@ def changed_within(state, place, value):
         ("parts.optimizer.param_groups.0.lr", "0.1", r"param_groups\.0\.lr: is '0\.1'"),
         ("parts.optimizer.param_groups.0.lr", None, "optimizer: lr is missing"),
         (
+            "parts.optimizer.param_groups.0.fused",
+            torch.ones(2),
+            r"param_groups\.0\.fused: is tensor",
+        ),
+        (
             "parts.optimizer.state.0",
             {"momentum_buffer": torch.ones(3)},
             "'momentum_buffer' does not",
