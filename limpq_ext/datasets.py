@@ -73,6 +73,11 @@ def load_data(
         image_size not in (None, 8) or channels not in (None, 1) or augment not in ("auto", "none")
     ):
         raise ValueError("digits are 8x8 and grey and not augmented: leave these options out")
+    if name == "digits" and (mean is not None or std is not None):
+        raise ValueError(
+            "digits have the mean 0 and the standard deviation 1 of their training images already:"
+            " leave data.mean and data.std out"
+        )
     opened = open_source(
         name,
         root,
@@ -95,10 +100,9 @@ def load_data(
     _check_classes(name, opened, on_corrupt)
     training = evaluating = None
     if not opened.ready:
-        training = training_transform(kind.augment, kind.size, *statistics, resize=kind.resize)
-        evaluating = evaluation_transform(
-            kind.size, *statistics, resize=kind.resize, crop_share=kind.crop_share
-        )
+        how: dict[str, Any] = {"resize": kind.resize, "crop_share": kind.crop_share}
+        training = training_transform(kind.augment, kind.size, *statistics, **how)
+        evaluating = evaluation_transform(kind.size, *statistics, **how)
     sets = {
         split: ImageSet(
             images,

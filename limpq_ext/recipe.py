@@ -135,11 +135,13 @@ class JointSection(TrainingSection):
     channels_last: bool = Field(False, description="memory format of weights and activations")
     compile: bool = Field(False, description="torch.compile what a branch runs")
     cuda_graph: bool = Field(False, description="capture a step in CUDA graphs")
-    weight_bank: bool = Field(True, description="quantize all weights once per step")
-    share_stem: bool = Field(
-        True, description="compute what comes before the first searchable layer once per step"
+    weight_bank: bool = Field(
+        True, description="quantize all weights once a step; takes memory, see `limpq info --model`"
     )
-    drop_relu: bool = Field(True, description="let quantizers take over ReLUs in front of them")
+    share_stem: bool = Field(
+        True, description="compute what comes before the first searchable layer once a step"
+    )
+    drop_relu: bool = Field(True, description="let quantizers take over the ReLUs before them")
 
 
 class FinetuneSection(TrainingSection):
@@ -224,7 +226,9 @@ class SearchSection(RestrictionsSection):
     or a share of what 8 bits use (25%).
     """
 
-    bitops: _Budget = Field(default_factory=LevelSection, description="BitOps")
+    bitops: _Budget = Field(
+        None, description="BitOps; where no budget is given, and this is not null, those of W3A3"
+    )
     size: _Budget = Field(None, description="bytes of all weights")
     compression: _Budget = Field(None, description="least ratio to 32-bit weights")
     mean_weight_bits: _Budget = Field(None, description="over the layers")
@@ -241,6 +245,22 @@ class SearchSection(RestrictionsSection):
     gap: float | None = Field(
         None, description="relative gap at which to stop; null: 0, above 200 layers 1e-6"
     )
+
+    @pydantic.model_validator(mode="after")
+    def _set_default(self) -> SearchSection:
+        from .budgets import BUDGETS
+
+        if "bitops" not in self.model_fields_set and not any(
+            getattr(self, name, None) is not None for name in BUDGETS
+        ):
+            # Past the check that it is frozen, and it does not count as given.
+            object.__setattr__(self, "bitops", LevelSection())
+        return self
+
+    @property
+    def has_default_budget(self) -> bool:
+        """Whether nobody gave a budget, so that the default one is in force."""
+        return self.bitops is not None and "bitops" not in self.model_fields_set
 
     def question(self) -> Question:
         """The same as `search` takes it; reads the latency table.
@@ -438,6 +458,8 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe
         ValueError: A key is unknown or a value is wrong.
     """
     content = recipe.model_dump()
+    if recipe.search.has_default_budget:  # which another budget among the values replaces
+        content["search"]["bitops"] = None
     for key, value in values.items():
         *sections, last = key.split(".")
         inner = content
@@ -452,6 +474,10 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe
                     f"{source}: {key}: '{'.'.join(sections[:at])}' is {inner!r} and has no keys"
                 )
         inner[last] = value
+    search = content["search"]
+    asked = any(re.match(r"search(\.bitops|$)", key) for key in values)
+    if recipe.search.has_default_budget and not asked and isinstance(search, dict):
+        del search["bitops"]
     return make_recipe(content, source=source)
 
 

@@ -18,7 +18,13 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def training_transform(
-    augment: Augment, size: int, mean: Sequence[float], std: Sequence[float], *, resize: bool
+    augment: Augment,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    resize: bool,
+    crop_share: float = 1.0,
 ) -> Transform:
     """The random transform of training images, which draws from torch's global generator.
 
@@ -28,13 +34,14 @@ def training_transform(
         mean: Per channel, of pixels from 0 to 1.
         std: Likewise.
         resize: Whether images come in other sizes than ``size``.
+        crop_share: Of the evaluation, which "none" is the same as.
 
     Raises:
         ImportError: torchvision is missing.
     """
     v2 = require("torchvision.transforms.v2", "train")
     if augment == "none":
-        return evaluation_transform(size, mean, std, resize=resize)
+        return evaluation_transform(size, mean, std, resize=resize, crop_share=crop_share)
     if augment == "resized_crop_flip":
         steps: list[Any] = [v2.RandomResizedCrop(size, antialias=True)]
     else:

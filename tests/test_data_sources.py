@@ -37,6 +37,14 @@ def test_one_folder_of_classes_is_split_in_three(tmp_path):
     assert label == 0
 
 
+def test_without_augmentation_training_images_are_what_evaluation_would_see(tmp_path):
+    for split in ("train", "test"):
+        write_classes(tmp_path / split, COUNTS)
+    data = load_data("imagefolder", root=tmp_path, image_size=8, augment="none", val_fraction=0)
+    for at in range(len(data.train)):
+        assert torch.equal(data.train[at][0], data.test[at][0])
+
+
 def test_folders_of_splits_are_taken_as_they_are(tmp_path):
     for split, count in (("train", 6), ("val", 3), ("test", 2)):
         write_classes(tmp_path / split, {"a": count, "b": count}, suffix=".jpg")
@@ -201,6 +209,9 @@ def test_a_root_that_does_not_fit_the_name_is_an_error(tmp_path):
         load_data("digits", root=tmp_path)
     with pytest.raises(ValueError, match="digits are 8x8 and grey"):
         load_data("digits", image_size=32)
+    for statistics in ({"mean": (0.5,)}, {"std": (0.5,)}):
+        with pytest.raises(ValueError, match=r"digits have .*: leave data\.mean and data\.std out"):
+            load_data("digits", **statistics)
 
 
 def md5(path):

@@ -39,6 +39,25 @@ def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
                 assert getattr(ours, kind)[bits] == pytest.approx(value, rel=0.1), ours.name
 
 
+@pytest.mark.parametrize("key", ["weight_bank", "share_stem", "drop_relu"])
+def test_what_branches_share_can_be_switched_off_in_a_recipe(key, monkeypatch):
+    trainers = []
+    original = pipeline.JointTrainer
+
+    def remember(*arguments, **options):
+        trainers.append(original(*arguments, **options))
+        return trainers[-1]
+
+    monkeypatch.setattr(pipeline, "JointTrainer", remember)
+    shared = []
+    for options in ({}, {key: False}):
+        indicators(**options)
+        shared.append(trainers[-1].shared)
+    name = {"share_stem": "stem", "drop_relu": "dropped_relus"}.get(key, key)
+    assert shared[0][name]
+    assert not shared[1][name]
+
+
 def test_a_cuda_graph_on_the_cpu_is_an_error():
     with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
         indicators(cuda_graph=True)

@@ -77,6 +77,42 @@ def test_a_recipe_can_ask_for_every_budget_and_restriction(tmp_path, monkeypatch
     assert {name: question[name] for name in expected} == expected
 
 
+BUDGET_VALUES = {"size": "w4a8", "compression": 8.0, "mean_weight_bits": 3.5}
+
+
+@pytest.mark.parametrize("name", BUDGET_VALUES)
+def test_a_given_budget_takes_the_place_of_the_default_one(name):
+    value = BUDGET_VALUES[name]
+    for recipe in (
+        make_recipe({"search": {name: value}}),
+        override(Recipe(), {f"search.{name}": value}),
+        override(Recipe(), {"search": {name: value}}),
+        override(override(Recipe(), {"seed": 3}), {f"search.{name}": value}),
+    ):
+        assert getattr(recipe.search, name) == value
+        assert recipe.search.bitops is None
+
+
+def test_where_no_budget_is_given_the_bitops_of_three_bits_are_the_limit():
+    for recipe in (
+        Recipe(),
+        make_recipe({"search": {"alpha": 2.0}}),
+        make_recipe({"search": {"size": None}}),
+        override(Recipe(), {"search.alpha": 2.0}),
+    ):
+        assert recipe.search.question()["bitops"] == uniform(3, 3)
+    assert make_recipe({"search": {"bitops": None}}).search.bitops is None
+    assert override(Recipe(), {"search.bitops": None}).search.bitops is None
+
+
+def test_a_budget_that_a_recipe_names_stays_beside_a_new_one():
+    recipe = make_recipe({"search": {"bitops": "w4a4"}})
+    both = override(recipe, {"search.size": "w4a8"}).search
+    assert (both.bitops, both.size) == ("w4a4", "w4a8")
+    level = override(Recipe(), {"search.bitops.weight_bits": 4}).search.question()["bitops"]
+    assert level == uniform(4, 3)
+
+
 def test_search_and_its_question_take_the_same():
     options = inspect.signature(search).parameters
     assert set(options) - {"indicators", "costs"} == Question.__annotations__.keys()
