@@ -168,9 +168,13 @@ class Checkpoint:
         return state
 
     def remove(self) -> None:
-        """Remove the file, where there is one."""
-        if is_main():
-            self.path.unlink(missing_ok=True)
+        """Remove the file, where there is one. Process 0 alone does something.
+
+        Raises:
+            FileFormatError: The file is not a checkpoint of this training; it is kept.
+        """
+        if is_main() and self._read() is not None:
+            self.path.unlink()
 
     def _read(self) -> dict[str, Any] | None:
         remove_leftovers(self.path)

@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from .checkpoint import Interrupted
 from .distributed import MainProcessError, process_group
@@ -139,6 +141,12 @@ WeightsOption = Annotated[
     Path, typer.Option("--weights", help="Weights of the float model (.safetensors, .pt).")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", help="Let the recipe import the module of its model, which runs its code."
+    ),
+]
 CheckpointStepsOption = Annotated[
     int | None, typer.Option(help="Write a checkpoint after so many steps; 0: not by steps.")
 ]
@@ -170,6 +178,7 @@ def run(
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard", help="Write TensorBoard events as well.")
     ] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Run the whole pipeline: float training, indicators, search, fine-tuning, evaluation.
 
@@ -182,6 +191,7 @@ def run(
     given = _recipe(
         source,
         set_,
+        allow_code=allow_code,
         data=data,
         data_fraction=data_fraction,
         epochs=epochs,
@@ -205,7 +215,7 @@ def recipes() -> None:
     shipped = shipped_recipes()
     width = max(map(len, shipped))
     for name, what in shipped.items():
-        print(f"{name:<{width}}  {what}")
+        _say(f"{name:<{width}}  {what}")
 
 
 @app.command()
@@ -236,54 +246,53 @@ def indicators(
     force: ForceOption = False,
     checkpoint_steps: CheckpointStepsOption = None,
     checkpoint_minutes: CheckpointMinutesOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Train the importance indicators of a float model jointly for all candidate bits.
 
     The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
     With --calibrate nothing is trained: the indicators are the start values of the step sizes.
     """
-    _refuse_existing(out, force)
-    if joint_weights is not None:
-        _refuse_existing(joint_weights, force)
+    outputs = {"--out": out, "--joint-weights": joint_weights}
+    _check_outputs(outputs, force, checkpoint=True)
     if from_file is not None:
         result = _indicators(from_file)
+        if _is_first():
+            _write(out, force, result.save)
     else:
         if weights is None:
             raise ValueError("--weights is missing: indicators are trained from a float model")
-        from .models import save_weights
         from .pipeline import Session, choose_device
 
         given = _recipe(
             _one_recipe(recipe, recipe_option),
             set_,
+            allow_code=allow_code,
             data=data,
             data_fraction=data_fraction,
             epochs=epochs,
             checkpoint_steps=checkpoint_steps,
             checkpoint_minutes=checkpoint_minutes,
         )
-        with process_group(choose_device(given.device)):
+        with process_group(choose_device(given.device)), _locked(out):
             session = Session(given)
             model = session.float_model(weights)
-            settings = given.model_dump(
-                mode="json", include={"seed", "model", "quantization", "bits", "joint"}
-            )
-            settings |= {"data": session.data_key(), "fraction": given.data.fraction}
-            with _beside(out, given, settings, weights=weights) as recording:
-                if calibrate is not None:
-                    result, prepared = session.calibrated_indicators(model, calibrate)
-                else:
-                    with _reporter().stage("joint training of the indicators") as on_step:
-                        result, prepared = session.train_indicators(model, on_step, None, recording)
-                if _is_first():
-                    if joint_weights is not None:
-                        save_weights(prepared, joint_weights)
-                    result.save(out)
-    if not _is_first():
-        return
-    if from_file is not None:
-        result.save(out)
-    print(f"{out}: indicators of {len(result.layers)} layers at {list(result.bits)} bits")
+            part = given.model_dump(mode="json", include={"quantization", "bits", "joint"})
+            settings = [part, session.common_key(), session.fraction_key()]
+            if calibrate is not None:
+                result, prepared = session.calibrated_indicators(model, calibrate)
+                recording = None
+            else:
+                recording = _recording(out, given, settings, weights=weights)
+                with _reporter().stage("joint training of the indicators") as on_step:
+                    result, prepared = session.train_indicators(model, on_step, None, recording)
+            if _is_first():
+                if joint_weights is not None:
+                    _write(joint_weights, force, partial(session.save, prepared))
+                _write(out, force, result.save)
+            _remove_checkpoint(recording)
+    if _is_first():
+        _say(f"{out}: indicators of {len(result.layers)} layers at {list(result.bits)} bits")
 
 
 @app.command()
@@ -295,13 +304,14 @@ def profile(
     ] = None,
     out: Annotated[Path, typer.Option(help="Cost file to write.")] = Path("costs.json"),
     force: ForceOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Count MACs, weights and activations of every layer; nothing is computed."""
-    _refuse_existing(out, force)
-    costs = _costs(model, input_size, recipe)
-    costs.save(out)
+    _check_outputs({"--out": out}, force)
+    costs = _costs(model, input_size, recipe, allow_code=allow_code)
+    _write(out, force, costs.save)
     macs = sum(layer.macs for layer in (*costs.layers, *costs.fixed))
-    print(
+    _say(
         f"{out}: {len(costs.layers)} searchable and {len(costs.fixed)} fixed layers,"
         f" {macs / 1e9:.3f} GMACs, {costs.all_weights:,} weights"
     )
@@ -356,7 +366,7 @@ def search(
     from .explain import explain as find_reasons
     from .search import search as find_policy
 
-    _refuse_existing(out, force)
+    _check_outputs({"--out": out}, force)
     if (weight_bits_level is None) != (activation_bits_level is None):
         raise ValueError("--weight-bits-level and --activation-bits-level go together")
     if weight_bits_level is not None:
@@ -392,11 +402,11 @@ def search(
         check_layer(network, explain)
     policy = find_policy(learned, network, **question)
     reasons = None if explain is None else find_reasons(learned, network, explain, **question)
-    policy.save(out)
+    _write(out, force, policy.save)
     _print_policy(policy, network)
     if reasons is not None:
-        print(reasons.text())
-    print(f"policy: {out}")
+        _say(reasons.text())
+    _say(f"policy: {out}")
 
 
 @app.command()
@@ -448,8 +458,9 @@ def pareto(
     from .pareto import pareto as find_curve
 
     table = out.with_suffix(".csv") if table is None else table
-    _refuse_existing(out, force)
-    _refuse_existing(table, force, "--csv")
+    _check_outputs({"--out": out, "--csv": table}, force)
+    if points > MOST_POINTS:
+        raise ValueError(f"--points is {points:,}, at most {MOST_POINTS:,} are found")
     question = _question(
         latency_table,
         restrictions,
@@ -482,10 +493,10 @@ def pareto(
         stop=None if stop is None else parse_budget("--stop", stop),
         **question,
     )
-    curve.save(out)
-    curve.save_csv(table)
-    print(curve.text())
-    print(f"curve: {out}, {table}")
+    _write(out, force, curve.save)
+    _write(table, force, curve.save_csv)
+    _say(curve.text())
+    _say(f"curve: {out}, {table}")
 
 
 @app.command()
@@ -504,46 +515,45 @@ def finetune(
     force: ForceOption = False,
     checkpoint_steps: CheckpointStepsOption = None,
     checkpoint_minutes: CheckpointMinutesOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Fine-tune a float model at the bits of a policy (LSQ).
 
     The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
     """
-    from .models import save_weights
     from .pipeline import Session, choose_device
     from .policy import Policy
 
-    _refuse_existing(out, force)
+    _check_outputs({"--out": out}, force, checkpoint=True)
     chosen = Policy.load(policy)
     given = _recipe(
         _one_recipe(recipe, recipe_option),
         set_,
+        allow_code=allow_code,
         data=data,
         checkpoint_steps=checkpoint_steps,
         checkpoint_minutes=checkpoint_minutes,
     )
     if given.finetune.init == "joint" and joint_weights is None:
         raise ValueError("finetune.init is joint, but --joint-weights is missing")
-    with process_group(choose_device(given.device)):
+    with process_group(choose_device(given.device)), _locked(out):
         session = Session(given)
         model = session.float_model(weights)
-        settings = given.model_dump(
-            mode="json", include={"seed", "model", "quantization", "finetune"}
-        )
-        settings["data"] = session.data_key()
+        part = given.model_dump(mode="json", include={"quantization", "finetune"})
         inputs = {"weights": weights, "policy": policy}
         if joint_weights is not None:
-            settings["bits"] = list(given.bits)
+            part["bits"] = list(given.bits)
             inputs["joint_weights"] = joint_weights
-        with _beside(out, given, settings, **inputs) as recording:
-            with _reporter().stage("fine-tuning the policy") as on_step:
-                tuned = session.finetune_policy(
-                    model, chosen, on_step, None, recording, joint_weights=joint_weights
-                )
-            if _is_first():
-                save_weights(tuned, out)
+        recording = _recording(out, given, [part, session.common_key()], **inputs)
+        with _reporter().stage("fine-tuning the policy") as on_step:
+            tuned = session.finetune_policy(
+                model, chosen, on_step, None, recording, joint_weights=joint_weights
+            )
+        if _is_first():
+            _write(out, force, partial(session.save, tuned))
+        _remove_checkpoint(recording)
     if _is_first():
-        print(f"weights: {out}")
+        _say(f"weights: {out}")
 
 
 @app.command()
@@ -567,6 +577,7 @@ def evaluate(
     ] = "test",
     out: Annotated[Path | None, typer.Option(help="JSON file to write all numbers to.")] = None,
     force: ForceOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Evaluate weights on the recipe's test set: top-1, top-5, loss, every class.
 
@@ -583,10 +594,9 @@ def evaluate(
         raise ValueError(f"--split is '{split}', expected test or val")
     if calibrate is not None and policy is None:
         raise ValueError("--calibrate needs --policy: a float model has nothing to calibrate")
-    if out is not None:
-        _refuse_existing(out, force)
+    _check_outputs({"--out": out}, force)
     chosen = None if policy is None else Policy.load(policy)
-    given = _recipe(_one_recipe(recipe, recipe_option), set_, data=data)
+    given = _recipe(_one_recipe(recipe, recipe_option), set_, allow_code=allow_code, data=data)
     with process_group(choose_device(given.device)):
         session = Session(given)
         model = session.network(weights, chosen, calibrate_batches=calibrate or 0)
@@ -599,26 +609,27 @@ def evaluate(
                 confusion = session.confuse(model, reference, on_step, split)  # type: ignore[arg-type]  # as above
     if not _is_first():
         return
-    print(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")
+    _say(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")
     if result.top5 is not None:
-        print(f"top-5 accuracy {_percent(result.top5)}")
+        _say(f"top-5 accuracy {_percent(result.top5)}")
     known = [
         (accuracy, index)
         for index, accuracy in enumerate(result.class_accuracy)
         if accuracy is not None
     ]
     worst = ", ".join(f"{index} ({_percent(accuracy)})" for accuracy, index in sorted(known)[:5])
-    print(f"lowest accuracy: class {worst}")
+    _say(f"lowest accuracy: class {worst}")
     if confusion is not None:
-        print(
+        _say(
             f"the same class as the float network: {_percent(confusion.agreement)};"
             f" right where that is wrong: {_percent(confusion.gained)},"
             f" wrong where that is right: {_percent(confusion.lost)}"
         )
     if out is not None:
         against = None if confusion is None else asdict(confusion)
-        write_json(out, {"split": split, **asdict(result), "against_float": against})
-        print(f"numbers: {out}")
+        numbers = {"split": split, **asdict(result), "against_float": against}
+        _write(out, force, lambda path: write_json(path, numbers))
+        _say(f"numbers: {out}")
 
 
 def _percent(share: float) -> str:
@@ -682,28 +693,40 @@ def info(
         )
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        _say(f"{name:<{width}}  {value}")
 
 
 def main() -> None:
     """Run the command line; a wrong input ends with one line and exit code 2."""
     former = signal.signal(signal.SIGTERM, _terminated)
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
         if code == 128 + signal.SIGINT:  # how it tells of Ctrl-C
             raise Interrupted(signal.SIGINT, "stopped by SIGINT")
         sys.exit(code or 0)
     except Interrupted as stop:
         if _is_first():
-            print(f"limpq: {stop}", file=sys.stderr)
+            _say(f"limpq: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except Exception as error:
-        code = _exit_code(error)
-        if code is None:
-            raise
-        sys.exit(code)
+        if len(arguments) < len(sys.argv) - 1:
+            traceback.print_exc()
+        sys.exit(_exit_code(error))
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+DEBUG = "--debug"
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show where an error comes from; anywhere in a command.")
+    ] = False,
+) -> None:
+    """Mixed-precision quantization by learned layer-wise importance (LIMPQ)."""
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -711,24 +734,37 @@ def _terminated(number: int, frame: object) -> None:
     raise Interrupted(number, "stopped by SIGTERM")
 
 
-def _exit_code(error: Exception) -> int | None:
-    """Say what was wrong with the input; None for an error that is not the user's."""
+def _exit_code(error: Exception) -> int:
+    """Say in one line what was wrong; 2 where it is the input, 1 for what nobody expected."""
     if isinstance(error, MainProcessError):  # process 0 says it
-        return 2
-    if isinstance(error, ValueError | OSError | ImportError):
-        print(f"limpq: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2
     show = getattr(error, "show", None)
     if show is not None:  # an error of the command line itself, with its own exit code
         show()
         return getattr(error, "exit_code", 2)
-    return None
+    message = _message(error)
+    expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    if not expected or not message:
+        message = f"unexpected {type(error).__name__}: {message} ({DEBUG} shows where)"
+    _say(f"limpq: {' '.join(message.split())}", file=sys.stderr)
+    return 2 if expected else 1
 
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _say(text: str = "", *, file: TextIO | None = None) -> None:
+    """Print text, in which a terminal finds nothing to obey: names come from files of others."""
+    shown = "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
+    print(shown, file=file or sys.stdout, flush=True)
 
 
 def _one_recipe(argument: str | None, option: str | None) -> str | None:
@@ -738,9 +774,17 @@ def _one_recipe(argument: str | None, option: str | None) -> str | None:
 
 
 def _recipe(
-    source: str | Path | None, assignments: Sequence[str] | None = None, **changes: Any
+    source: str | Path | None,
+    assignments: Sequence[str] | None = None,
+    *,
+    allow_code: bool = False,
+    **changes: Any,
 ) -> Recipe:
-    """The recipe of a file or name, or the default one, with what the command line gives."""
+    """The recipe of a file or name, or the default one, with what the command line gives.
+
+    Raises:
+        ValueError: It is wrong, or would run code that the command line does not name.
+    """
     from .recipe import Recipe, load_recipe, override, parse_assignment
 
     recipe = Recipe() if source is None else load_recipe(source)
@@ -750,27 +794,60 @@ def _recipe(
         if value is not None
     }
     given |= dict(map(parse_assignment, assignments or ()))
-    return override(recipe, given, source="command line") if given else recipe
+    changed = override(recipe, given, source="command line") if given else recipe
+    name = changed.model.name
+    if ":" in name:
+        named = name == given.get("model.name") or "model" in given
+        if not (named or allow_code):
+            raise ValueError(
+                f"{source}: its model '{name}' imports a module, which runs code: if you trust it,"
+                f" give --allow-code, or name it yourself with --set model.name={name}"
+            )
+        _find_modules_here()
+    return changed
 
+
+def _find_modules_here() -> None:
+    """Let a model's module be one of the working directory, where a command does not look."""
+    here = os.getcwd()  # noqa: PTH109  # sys.path holds strings
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+MOST_POINTS = 100_000
+"""Points of a curve; more would be found for days and fill the memory."""
 
 _KEYS = {"data": "data.root", "data_fraction": "data.fraction", "epochs": "joint.epochs"}
 """The key of the recipe that an option sets, where it is not the option's name."""
 
 
+def _checkpoint_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.checkpoint")
+
+
 @contextmanager
-def _beside(out: Path, recipe: Recipe, settings: Any, **inputs: Path) -> Iterator[Recording]:
-    """Records a stage with a checkpoint beside its output, removed when the block is done."""
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other processes from writing the same output and its checkpoint."""
+    from .exclusive import only_one
+
+    with only_one(out.with_name(f".{out.name}.lock"), f"'{out}'"):
+        yield
+
+
+def _recording(out: Path, recipe: Recipe, settings: Any, **inputs: Path) -> Recording:
+    """Records a stage with a checkpoint beside its output."""
     from .distributed import from_main
     from .metrics import Journal
-    from .pipeline import digest_of, make_recording
+    from .stages import digest_of, make_recording
 
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
     key = from_main(lambda: digest_of(settings, inputs))
-    yield make_recording(
-        recipe, checkpoint=checkpoint, key=key, journal=Journal(out.name, (), _reporter().say)
-    )
-    if _is_first():
-        checkpoint.unlink(missing_ok=True)
+    journal = Journal(out.name, (), _reporter().say)
+    return make_recording(recipe, checkpoint=_checkpoint_of(out), key=key, journal=journal)
+
+
+def _remove_checkpoint(recording: Recording | None) -> None:
+    if recording is not None and recording.checkpoint is not None:
+        recording.checkpoint.remove()
 
 
 def _is_first() -> bool:
@@ -818,7 +895,11 @@ def _question(
 
 
 def _costs(
-    model: str | None, input_size: tuple[int, int, int] | None, recipe: Path | None
+    model: str | None,
+    input_size: tuple[int, int, int] | None,
+    recipe: Path | None,
+    *,
+    allow_code: bool = False,
 ) -> Costs:
     import torch
 
@@ -830,46 +911,75 @@ def _costs(
             raise ValueError("nothing says which network: give --costs, --recipe or --model")
         from .pipeline import Session
 
-        return Session(_recipe(recipe)).profile()
+        return Session(_recipe(recipe, allow_code=allow_code)).profile()
     if input_size is None:
         raise ValueError("--input-size is missing: --model needs the shape of an image")
     if min(input_size) < 1:
         raise ValueError(f"--input-size is {input_size}, expected positive numbers")
+    if ":" in model:
+        _find_modules_here()
     return count(create_shapes(model), torch.zeros(1, *input_size, device="meta"))
 
 
-def _refuse_existing(path: Path, force: bool, option: str = "--out") -> None:
-    """Nothing is overwritten unasked, and this is found out before the work is done."""
-    if path.is_dir():
-        raise ValueError(f"{option}: '{path}' is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: the folder '{path.parent}' does not exist")
-    if path.exists() and not force:
-        raise ValueError(f"{option}: '{path}' exists; --force replaces it")
+def _check_outputs(
+    outputs: Mapping[str, Path | None], force: bool, *, checkpoint: bool = False
+) -> None:
+    """Nothing is overwritten unasked, and this is found out before the work is done.
+
+    Args:
+        outputs: The files to write, by option; "--out" is the first.
+        force: They may exist.
+        checkpoint: There will be a checkpoint beside the first.
+    """
+    taken: dict[str, str] = {}
+    if checkpoint and outputs["--out"] is not None:
+        taken[os.path.realpath(_checkpoint_of(outputs["--out"]))] = "the checkpoint of --out"
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{option}: '{path}' is a folder")
+        if not path.parent.is_dir():
+            raise ValueError(f"{option}: the folder '{path.parent}' does not exist")
+        if path.exists() and not force:
+            raise ValueError(f"{option}: '{path}' exists; --force replaces it")
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise ValueError(f"{option}: '{path}' is {other} already: give another name")
+
+
+def _write(path: Path, force: bool, save: Callable[[Path], object]) -> None:
+    """Write an output; without --force nothing that appeared meanwhile is replaced."""
+    from .exclusive import save_as_new
+
+    if force:
+        save(path)
+    else:
+        save_as_new(path, save)
 
 
 def _print_policy(policy: Policy, costs: Costs) -> None:
     names = [layer.name for layer in policy.layers]
     width = max(map(len, ["layer", *names]))
-    print(f"{'layer':<{width}}  weight bits  activation bits")
+    _say(f"{'layer':<{width}}  weight bits  activation bits")
     for layer in policy.layers:
-        print(f"{layer.name:<{width}}  {layer.weight_bits:>11}  {layer.activation_bits:>15}")
+        _say(f"{layer.name:<{width}}  {layer.weight_bits:>11}  {layer.activation_bits:>15}")
     for record in policy.meta.get("non_monotone_records", []):
-        print("not monotone: " + ", ".join(f"{key} {value}" for key, value in record.items()))
-    print(
+        _say("not monotone: " + ", ".join(f"{key} {value}" for key, value in record.items()))
+    _say(
         f"objective {policy.objective:.9f}, bound {policy.bound:.9f}, gap {policy.gap:.1e}"
         f" (stopped by: {policy.meta['stopped_by']}), {policy.meta['seconds']:.3f} s"
     )
     bits = policy.bits()
     for budget in policy.budgets:
-        print(f"{budget.name}: {budget.used:,.6g} used, limit {budget.limit:,.6g}")
+        _say(f"{budget.name}: {budget.used:,.6g} used, limit {budget.limit:,.6g}")
     for check in policy.meta["check"]:
         kept = "kept" if check["used"] <= check["limit"] else "BROKEN"
-        print(
+        _say(
             f"checked in integers: {check['name']} {check['used']:,} <= {check['limit']:,}"
             f" {check['unit']}: {kept}"
         )
-    print(
+    _say(
         f"BitOps {costs.bitops(bits) / 1e9:.3f} G, weights {costs.size_bits(bits) / 8e3:.1f} KB,"
         f" compression {float(costs.compression(bits)):.2f}"
     )
@@ -900,9 +1010,9 @@ def _print_report(report: RunReport) -> None:
     out = console(file=sys.stdout)
     out.print(results)
     out.print(stages)
-    print(f"files: {report.folder.resolve()}")
+    _say(f"files: {report.folder.resolve()}")
     for path in sorted(report.folder.iterdir()):
-        print(f"  {path.name}  {path.stat().st_size / 1e3:.1f} KB")
+        _say(f"  {path.name}  {path.stat().st_size / 1e3:.1f} KB")
 
 
 def _reporter() -> _Reporter:
@@ -913,7 +1023,7 @@ class _Reporter:
     """Progress bars on a terminal, a plain line at the start and end of a stage elsewhere."""
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        _say(line)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[StepDone]:
@@ -934,14 +1044,14 @@ class _Reporter:
 
     def _plain(self, title: str) -> StepDone:
         start = last = time.monotonic()
-        print(f"{title} ...", flush=True)
+        _say(f"{title} ...")
 
         def on_step(done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
             if done == total or now - last > 10:
                 last = now
-                print(f"{title}: {done} of {total} steps, {now - start:.1f} s", flush=True)
+                _say(f"{title}: {done} of {total} steps, {now - start:.1f} s")
 
         return on_step
 

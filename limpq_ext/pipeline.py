@@ -1,45 +1,55 @@
-"""All stages of a run in one folder, each reused where nothing it depends on has changed.
-
-The folder's ``stages.json`` records for every finished stage a digest of its inputs (its part of
-the recipe and the files it read) and of the files it wrote.
-"""
+"""All stages of a run in one folder, each reused where nothing it depends on has changed."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .calibration import calibrate
-from .checkpoint import Checkpoint
 from .costs import Costs, profile
 from .data import Data, make_loader
 from .datasets import load_data
 from .distributed import broadcast_state, from_main, gather, rank
 from .evaluation import Confusion, Evaluation, confuse, evaluate
-from .files import open_atomically, remove_leftovers, write_json
+from .exclusive import only_one
+from .extras import require
+from .files import write_json
 from .finetune import finetune
-from .indicators import Indicators
+from .fingerprint import graph_digest, source_digest, structure_digest
+from .indicators import Indicators, LayerIndicators
+from .infeasible import InfeasibleError
 from .joint import JointTrainer
-from .metrics import Journal, Meter, MetricsFile, Record, TensorBoard
+from .metrics import Meter, Record
 from .models import create_model, is_published, load_weights, save_weights
 from .policy import Policy
 from .prepare import apply_policy, prepare
-from .reading import FileFormatError, read_object, shown
-from .recipe import Recipe, TrainingSection, dump_recipe
+from .recipe import Recipe, TrainingSection
 from .search import search
+from .stages import (
+    COSTS,
+    DATA,
+    FINETUNED,
+    FLOAT_WEIGHTS,
+    INDICATORS,
+    JOINT_WEIGHTS,
+    LOCK,
+    POLICY,
+    SCAN,
+    UNIFORM_FINETUNED,
+    UNIFORM_POLICY,
+    Reporter,
+    Stages,
+)
 from .training import (
     EpochDone,
     Recording,
@@ -49,33 +59,10 @@ from .training import (
     run_epochs,
 )
 
-FLOAT_WEIGHTS = "float.safetensors"
-INDICATORS = "indicators.json"
-JOINT_WEIGHTS = "joint.safetensors"
-COSTS = "costs.json"
-POLICY = "policy.json"
-FINETUNED = "finetuned.safetensors"
-UNIFORM_POLICY = "uniform.json"
-UNIFORM_FINETUNED = "uniform.safetensors"
-RECIPE = "recipe.yaml"
-DATA = "data.json"
-SCAN = "scan.json"
-METRICS = "metrics.jsonl"
-STAGES = "stages.json"
-TENSORBOARD = "tensorboard"
-
+CHECK_SECONDS: Final = 10.0
+"""The most that is taken to see, before anything trains, whether a policy is possible."""
 
 Split = Literal["test", "val"]
-
-
-class Reporter(Protocol):
-    """Where a run says how far it is."""
-
-    def stage(self, title: str) -> AbstractContextManager[StepDone]:
-        """Announce a stage; gives what is called after every step of it."""
-
-    def say(self, line: str) -> None:
-        """Print one line."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +104,9 @@ class RunReport:
 def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter) -> RunReport:
     """Run all stages of a recipe.
 
-    A stage that was interrupted goes on from its checkpoint, which is removed when it is done. With
-    several processes (torchrun) all of them call this; process 0 alone reads and writes the folder.
+    What can be seen to fail in any stage fails before the first one trains. A stage that was
+    interrupted goes on from its checkpoint, which is removed when it is done. With several
+    processes (torchrun) all of them call this; process 0 alone reads and writes the folder.
 
     Args:
         recipe: What to do.
@@ -128,17 +116,24 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
         reporter: Gets titles, progress and lines.
 
     Raises:
-        ValueError: The recipe cannot be run, or a file in the folder was not written, or was
-            changed after it was written, by a run, or a checkpoint belongs to another recipe;
-            nothing is overwritten then.
+        ValueError: The recipe cannot be run, or another run works in the folder, or a file in it
+            was not written, or was changed after it was written, by a run, or a checkpoint belongs
+            to another recipe; nothing is overwritten then.
+        InfeasibleError: No policy keeps the budgets and restrictions.
         Interrupted: SIGINT or SIGTERM came while a stage trained; its checkpoint is written.
     """
-    session = Session(recipe, scan_cache=folder / SCAN)
-    stages = _Stages(folder, fresh, reporter, recipe)
-    stages.after_each.append(lambda: _note_broken(session.data, folder, reporter))
-    from_main(lambda: write_json(folder / DATA, session.data.record))
+    with _folder_made(folder), only_one(folder / LOCK, f"the folder '{folder}'"):
+        return _run(recipe, folder, Stages(folder, fresh, reporter, recipe), reporter)
+
+
+def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> RunReport:
+    with nullcontext() if recipe.data.root is None else stages.writing(SCAN):
+        session = Session(recipe, scan_cache=folder / SCAN)
+    session.check()
+    stages.after_each.append(lambda: _note_broken(session.data, stages, reporter))
+    stages.begin(lambda: write_json(folder / DATA, session.data.record))
     part = recipe.model_dump(mode="json")
-    common = {"seed": part["seed"], "model": part["model"], "data": session.data_key()}
+    common = session.common_key()
     quantized = [common, part["quantization"]]
     skipped = session.data.record.get("skipped", {})
     if skipped:
@@ -148,7 +143,7 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     given = recipe.model.weights
     files = [str(Path(given).resolve())] if given is not None and not is_published(given) else []
     training = part["float_training"] if given is None else None
-    with stages.stage("float", [FLOAT_WEIGHTS], [common, training], files) as stage:
+    with stages.stage("float", [common, training], files) as stage:
         if stage.go:
             if given is not None:
                 reporter.say(f"the float network has the weights {given}")
@@ -156,12 +151,11 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
             else:
                 with reporter.stage("training the float network") as on_step:
                     model = session.train_float(on_step, None, stage.recording)
-            stage.write(lambda: save_weights(model, folder / FLOAT_WEIGHTS))
+            stage.write(FLOAT_WEIGHTS, partial(session.save, model))
 
     with stages.stage(
         "indicators",
-        [INDICATORS, JOINT_WEIGHTS],
-        [*quantized, part["data"]["fraction"], part["bits"], part["joint"]],
+        [*quantized, session.fraction_key(), part["bits"], part["joint"]],
         [FLOAT_WEIGHTS],
     ) as stage:
         if stage.go:
@@ -169,32 +163,33 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
                 indicators, prepared = session.train_indicators(
                     session.float_model(folder / FLOAT_WEIGHTS), on_step, None, stage.recording
                 )
-            stage.write(lambda: save_weights(prepared, folder / JOINT_WEIGHTS))
-            stage.write(lambda: indicators.save(folder / INDICATORS))
+            stage.write(JOINT_WEIGHTS, partial(session.save, prepared))
+            stage.write(INDICATORS, indicators.save)
 
-    with stages.stage("profile", [COSTS], quantized) as stage:
+    with stages.stage("profile", quantized) as stage:
         if stage.go:
-            stage.write(lambda: session.profile().save(folder / COSTS))
+            stage.write(COSTS, session.profile().save)
     costs = from_main(lambda: Costs.load(folder / COSTS))
 
     table = recipe.search.latency_table
     measured = [] if table is None else [str(Path(table).resolve())]
-    with stages.stage(
-        "search", [POLICY], [part["search"]], [INDICATORS, COSTS, *measured]
-    ) as stage:
+    with stages.stage("search", [part["search"]], [INDICATORS, COSTS, *measured]) as stage:
         if stage.go:
             stage.write(
-                lambda: search_policy(recipe, Indicators.load(folder / INDICATORS), costs).save(
-                    folder / POLICY
-                )
+                POLICY,
+                lambda path: search_policy(
+                    recipe, Indicators.load(folder / INDICATORS), costs
+                ).save(path),
             )
     policy = from_main(lambda: Policy.load(folder / POLICY))
+    for line in _budgets_in_words(policy):
+        reporter.say(line)
 
     joint = recipe.finetune.init == "joint"
     tuned = [*quantized, part["finetune"], part["bits"] if joint else None]
     start = [FLOAT_WEIGHTS, JOINT_WEIGHTS] if joint else [FLOAT_WEIGHTS]
     joint_weights = folder / JOINT_WEIGHTS if joint else None
-    with stages.stage("finetune", [FINETUNED], tuned, [*start, POLICY]) as stage:
+    with stages.stage("finetune", tuned, [*start, POLICY]) as stage:
         if stage.go:
             with reporter.stage("fine-tuning the policy") as on_step:
                 model = session.finetune_policy(
@@ -205,17 +200,12 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
                     stage.recording,
                     joint_weights=joint_weights,
                 )
-            stage.write(lambda: save_weights(model, folder / FINETUNED))
+            stage.write(FINETUNED, partial(session.save, model))
 
-    level = recipe.baseline
-    uniform = Policy.uniform(costs, level.weight_bits, level.activation_bits)
-    with stages.stage(
-        "baseline",
-        [UNIFORM_POLICY, UNIFORM_FINETUNED],
-        [*tuned, part["baseline"]],
-        [*start, COSTS],
-    ) as stage:
+    uniform = session.uniform_policy(costs)
+    with stages.stage("baseline", [*tuned, part["baseline"]], [*start, COSTS]) as stage:
         if stage.go:
+            level = recipe.baseline
             title = f"fine-tuning uniform W{level.weight_bits}A{level.activation_bits}"
             with reporter.stage(title) as on_step:
                 model = session.finetune_policy(
@@ -226,12 +216,12 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
                     stage.recording,
                     joint_weights=joint_weights,
                 )
-            stage.write(lambda: uniform.save(folder / UNIFORM_POLICY))
-            stage.write(lambda: save_weights(model, folder / UNIFORM_FINETUNED))
+            stage.write(UNIFORM_POLICY, uniform.save)
+            stage.write(UNIFORM_FINETUNED, partial(session.save, model))
 
     float_bits = dict.fromkeys((layer.name for layer in costs.layers), (32, 32))
     results = []
-    with stages.stage("evaluate", [], [], always=True) as stage:
+    with stages.stage("evaluate", [], always=True) as stage:
         stage.journal.start()
         float_network = session.network(folder / FLOAT_WEIGHTS, None)
         for name, chosen, weights in (
@@ -263,6 +253,35 @@ def run(recipe: Recipe, folder: Path, *, fresh: bool = False, reporter: Reporter
     return RunReport(tuple(results), stages.seconds, tuple(stages.reused), folder)
 
 
+@contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Make a folder, for process 0, and leave none behind where nothing was written into it."""
+    made: list[Path] = []
+
+    def make() -> None:
+        made.extend(path for path in (folder, *folder.parents) if not path.exists())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    from_main(make)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _budgets_in_words(policy: Policy) -> list[str]:
+    """What the policy uses of every budget, a line each."""
+    if not policy.budgets:
+        return ["search: no budget limits the policy"]
+    return [
+        f"search: {budget.name} limit {budget.limit:,.10g}, used {budget.used:,.10g}"
+        for budget in policy.budgets
+    ]
+
+
 class Session:
     """The stages of a recipe in memory: data and device are set up once.
 
@@ -283,6 +302,67 @@ class Session:
         self.data: Data = load_data(**options, scan_cache=scan_cache)
         self.create_model()
 
+    def check(self) -> None:
+        """Look, before anything trains, for what would keep a later stage from its work.
+
+        The search is tried with indicators that stand in for the learned ones.
+
+        Raises:
+            ValueError: A part of the recipe cannot be done: the network cannot be prepared, a
+                training does not fit data or device, the search's question is wrong.
+            InfeasibleError: No policy keeps the budgets and restrictions.
+            FileNotFoundError: The latency table or the float weights do not exist.
+            ImportError: An extra is missing.
+        """
+        require("safetensors", "train")
+        given = self.recipe.model.weights
+        if given is not None and not is_published(given) and not Path(given).is_file():
+            raise FileNotFoundError(f"weights '{given}' do not exist")
+        costs = self.profile()
+        from_main(lambda: check_search(self.recipe, costs))
+        model = self.create_model()
+        self.quantize(model, self.uniform_policy(costs))
+        self._joint_trainer(self.prepare(model), Meter(self.device))
+        for options in (self.recipe.float_training, self.recipe.finetune):
+            self._train_loader(options)
+        self._train_loader(self.recipe.joint, self.recipe.data.fraction)
+
+    @cached_property
+    def network_key(self) -> dict[str, Any]:
+        """What the network is: digests of its graph, its modules and its source."""
+        model, name = self.create_model(), self.recipe.model.name
+        return {
+            **self.origin,
+            "structure": structure_digest(model),
+            "source": source_digest(model, name.partition(":")[0] if ":" in name else None),
+        }
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What the metadata of weights say of the network that they are of."""
+        return {
+            "graph": graph_digest(self.create_model(), self.example_input()),
+            "input_shape": list(self.data.image_shape),
+        }
+
+    def common_key(self) -> dict[str, Any]:
+        """What every stage depends on."""
+        part = self.recipe.model_dump(mode="json", include={"seed", "model"})
+        return {**part, "network": self.network_key, "data": self.data_key()}
+
+    def fraction_key(self) -> Any:
+        """What part of the training images the indicators are trained on."""
+        data = self.recipe.data
+        return {"fraction": data.fraction, "seed": data.seed if data.fraction < 1 else None}
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write weights, with what they are of."""
+        save_weights(model, path, network=self.origin)
+
+    def _load(self, model: nn.Module, path: Path) -> None:
+        """Load weights, which have to be of this network where they say of which they are."""
+        load_weights(model, path, network=self.origin)
+
     def data_key(self) -> dict[str, Any]:
         """What a stage depends on of the data: not where they are or who loads them."""
         included = {"image_size", "channels", "augment", "mean", "std", "on_corrupt"}
@@ -297,7 +377,7 @@ class Session:
     def float_model(self, weights: Path) -> nn.Module:
         """The float model with weights from a file, on the device; process 0 reads the file."""
         model = self.create_model()
-        from_main(lambda: load_weights(model, weights))
+        from_main(lambda: self._load(model, weights))
         model.to(self.device)
         broadcast_state(model)
         return model
@@ -348,32 +428,8 @@ class Session:
         prepared = self.prepare(model)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]  # not in torch's stub
-        optimizer = make_optimizer(
-            prepared,
-            options.optimizer,
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
-
-        def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(output, target, label_smoothing=options.label_smoothing)
-
         meter = Meter(self.device)
-        trainer = JointTrainer(
-            prepared,
-            optimizer,
-            loss_fn,
-            distill=options.distill,
-            seed=self.recipe.seed,
-            autocast=_dtype(options.autocast),
-            compile_forward=torch.compile if options.compile else None,
-            cuda_graph=options.cuda_graph,
-            weight_bank=options.weight_bank,
-            share_stem=options.share_stem,
-            drop_relu=options.drop_relu,
-            on_branch=meter.add_branch,
-        )
+        trainer = self._joint_trainer(prepared, meter)
 
         def take_step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             losses = trainer.step(x.contiguous(memory_format=layout), target).losses
@@ -383,7 +439,7 @@ class Session:
 
         run_epochs(
             take_step,
-            optimizer,
+            trainer.optimizer,
             self._train_loader(options, self.recipe.data.fraction),
             model=prepared,
             epochs=options.epochs,
@@ -397,6 +453,35 @@ class Session:
             on_epoch=on_epoch,
         )
         return trainer.indicators(), prepared
+
+    def _joint_trainer(self, prepared: nn.Module, meter: Meter) -> JointTrainer:
+        """What trains a prepared model as the recipe says."""
+        options = self.recipe.joint
+        optimizer = make_optimizer(
+            prepared,
+            options.optimizer,
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+
+        def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(output, target, label_smoothing=options.label_smoothing)
+
+        return JointTrainer(
+            prepared,
+            optimizer,
+            loss_fn,
+            distill=options.distill,
+            seed=self.recipe.seed,
+            autocast=_dtype(options.autocast),
+            compile_forward=torch.compile if options.compile else None,
+            cuda_graph=options.cuda_graph,
+            weight_bank=options.weight_bank,
+            share_stem=options.share_stem,
+            drop_relu=options.drop_relu,
+            on_branch=meter.add_branch,
+        )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """A float model with the recipe's candidate bits, on the device."""
@@ -425,6 +510,11 @@ class Session:
             exclude=options.exclude,
         )
 
+    def uniform_policy(self, costs: Costs) -> Policy:
+        """The baseline's policy."""
+        level = self.recipe.baseline
+        return Policy.uniform(costs, level.weight_bits, level.activation_bits)
+
     def finetune_policy(
         self,
         model: nn.Module,
@@ -449,7 +539,7 @@ class Session:
         start = model
         if joint_weights is not None:
             start = self.prepare(model)
-            from_main(lambda: load_weights(start, joint_weights))
+            from_main(lambda: self._load(start, joint_weights))
             broadcast_state(start)
         quantized = self.quantize(start, policy).to(self.device)
         options = self.recipe.finetune
@@ -475,7 +565,7 @@ class Session:
                 calibrate(model, self._some_batches(calibrate_batches))
             return model
         model = self.quantize(self.create_model(), policy)
-        from_main(lambda: load_weights(model, weights))
+        from_main(lambda: self._load(model, weights))
         model.to(self.device)
         broadcast_state(model)
         return model
@@ -493,8 +583,18 @@ class Session:
     def evaluate(
         self, model: nn.Module, on_step: StepDone | None, split: Split = "test"
     ) -> Evaluation:
-        """How a network does on a split."""
-        return evaluate(model, self._eval_loader(split), on_step=on_step)
+        """How a network does on a split.
+
+        Raises:
+            ValueError: The network puts out what is not finite.
+        """
+        result = evaluate(model, self._eval_loader(split), on_step=on_step)
+        if not math.isfinite(result.loss):
+            raise ValueError(
+                f"the loss on the {split} images is {result.loss}: the network puts out NaN or"
+                " infinite scores"
+            )
+        return result
 
     def confuse(
         self,
@@ -588,6 +688,30 @@ def search_policy(recipe: Recipe, indicators: Indicators, costs: Costs) -> Polic
     return search(indicators, costs, **recipe.search.question())
 
 
+def check_search(recipe: Recipe, costs: Costs) -> None:
+    """See whether a recipe's search can have an answer, whatever its indicators will be.
+
+    Raises:
+        ValueError: Its question is wrong: unknown bits, a latency table with holes, ...
+        InfeasibleError: No policy keeps its budgets and restrictions.
+        FileNotFoundError: The latency table does not exist.
+    """
+    falling = {bits: 1 / bits for bits in recipe.bits}
+    stand_in = Indicators(
+        recipe.bits, tuple(LayerIndicators(layer.name, falling, falling) for layer in costs.layers)
+    )
+    question = recipe.search.question()
+    limit = question.get("time_limit")
+    question["time_limit"] = CHECK_SECONDS if limit is None else min(limit, CHECK_SECONDS)
+    try:
+        with suppress(TimeoutError):  # the search itself may take longer
+            search(stand_in, costs, **{**question, "gap": 1.0})  # type: ignore[arg-type]  # a Question
+    except InfeasibleError:
+        with suppress(TimeoutError):
+            search(stand_in, costs, **question)  # says exactly what could be kept
+        raise
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a recipe: "auto" is CUDA where there is one.
 
@@ -609,201 +733,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_recording(recipe: Recipe, *, checkpoint: Path, key: str, journal: Journal) -> Recording:
-    """Checkpoints and records of a stage, as the recipe wants them.
-
-    Args:
-        recipe: Says how often.
-        checkpoint: The file.
-        key: What the checkpoint has to belong to, see :func:`digest_of`.
-        journal: Where records go.
-    """
-    steps, minutes = recipe.checkpoint_steps, recipe.checkpoint_minutes
-    return Recording(
-        Checkpoint(checkpoint, key=key, steps=steps, minutes=minutes), journal, recipe.log_steps
-    )
-
-
-def digest_of(settings: Sequence[Any], files: Mapping[str, Path]) -> str:
-    """A digest of what a stage depends on: settings, and files by a name that is kept."""
-    read = {name: _digest(path) for name, path in files.items()}
-    return hashlib.sha256(json.dumps([settings, read], sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A stage about to run, or not.
-
-    Attributes:
-        go: Whether it has to run.
-        journal: Where its records go.
-        recording: The same with its checkpoint.
-    """
-
-    go: bool
-    journal: Journal
-    recording: Recording
-
-    def write(self, save: Callable[[], None]) -> None:
-        """Write an output in process 0; the others wait, and fail where it does."""
-        from_main(save)
-
-
-class _Stages:
-    """Runs stages of a folder, or finds that they need not run."""
-
-    def __init__(self, folder: Path, fresh: bool, reporter: Reporter, recipe: Recipe) -> None:
-        self.folder = folder
-        self.reporter = reporter
-        self.recipe = recipe
-        self.seconds: dict[str, float] = {}
-        self.reused: list[str] = []
-        self.record: dict[str, Any] = {}
-        self.files: list[Any] = [MetricsFile(folder / METRICS)]
-        self.after_each: list[Callable[[], None]] = []
-        from_main(lambda: self._open(fresh))
-
-    def _open(self, fresh: bool) -> None:
-        """Read the record of the folder and write the recipe into it."""
-        folder = self.folder
-        if self.recipe.tensorboard:
-            self.files.append(TensorBoard(folder / TENSORBOARD))
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / STAGES).exists():
-            self.record = read_record(folder / STAGES)
-        elif (folder / RECIPE).exists():
-            raise ValueError(
-                f"{folder} holds a {RECIPE} but no {STAGES}: it is not the folder of a run;"
-                " choose another with --out"
-            )
-        for name in (STAGES, RECIPE, METRICS):
-            remove_leftovers(folder / name)
-        # What torchrun starts again after a failure goes on with the run that it started.
-        if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-            for name, stage in self.record.items():
-                stage["inputs"] = ""
-                (folder / _checkpoint_name(name)).unlink(missing_ok=True)
-        write_json(folder / STAGES, self.record)
-        with open_atomically(folder / RECIPE) as file:
-            file.write(dump_recipe(self.recipe).encode())
-
-    @contextmanager
-    def stage(
-        self,
-        name: str,
-        outputs: Sequence[str],
-        settings: Sequence[Any],
-        inputs: Sequence[str] = (),
-        *,
-        always: bool = False,
-    ) -> Iterator[_Stage]:
-        """A stage that says whether it has to run; what it does in the block is recorded after."""
-        go, key, seconds = from_main(lambda: self._begin(name, outputs, settings, inputs, always))
-        journal = Journal(name, self.files, self.reporter.say)
-        checkpoint = self.folder / _checkpoint_name(name)
-        stage = _Stage(
-            go,
-            journal,
-            make_recording(self.recipe, checkpoint=checkpoint, key=key, journal=journal),
-        )
-        if not go:
-            self.reused.append(name)
-            self.seconds[name] = seconds
-            yield stage
-            return
-        start = time.perf_counter()
-        yield stage
-        self.seconds[name] = time.perf_counter() - start
-        for function in self.after_each:
-            function()
-        from_main(lambda: self._finish(name, outputs, key))
-
-    def _begin(
-        self,
-        name: str,
-        outputs: Sequence[str],
-        settings: Sequence[Any],
-        inputs: Sequence[str],
-        always: bool,
-    ) -> tuple[bool, str, float]:
-        """Whether the stage has to run, the digest of its inputs, and what it took before."""
-        for file in outputs:
-            remove_leftovers(self.folder / file)
-        self._refuse_foreign(name, outputs)
-        key = digest_of(settings, {file: self.folder / file for file in inputs})
-        before = self.record.get(name)
-        whole = all((self.folder / file).exists() for file in outputs)
-        fit = before is not None and before["inputs"] == key and whole
-        if before is not None and fit and not always:
-            self.reporter.say(f"{name}: nothing it depends on has changed, reused")
-            (self.folder / _checkpoint_name(name)).unlink(missing_ok=True)
-            return False, key, before["seconds"]
-        # Claimed before they are written, so that a stage that was killed can run again.
-        self.record[name] = {"inputs": "", "outputs": dict.fromkeys(outputs), "seconds": 0.0}
-        write_json(self.folder / STAGES, self.record)
-        return True, key, 0.0
-
-    def _finish(self, name: str, outputs: Sequence[str], key: str) -> None:
-        self.record[name] = {
-            "inputs": key,
-            "outputs": {file: _digest(self.folder / file) for file in outputs},
-            "seconds": round(self.seconds[name], 3),
-        }
-        write_json(self.folder / STAGES, self.record)
-        (self.folder / _checkpoint_name(name)).unlink(missing_ok=True)
-
-    def _refuse_foreign(self, name: str, outputs: Sequence[str]) -> None:
-        """Keep files that no run wrote, or that somebody edited."""
-        written = self.record.get(name, {}).get("outputs", {})
-        for file in outputs:
-            path = self.folder / file
-            claimed = file in written and written[file] is None
-            if path.exists() and not claimed and written.get(file) != _digest(path):
-                how = "was changed since a run wrote it" if file in written else "is not of a run"
-                raise ValueError(
-                    f"{path} {how} and would be overwritten: move it away or choose another --out"
-                )
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What ``stages.json`` says about every stage: "inputs", "outputs" and "seconds".
-
-    Raises:
-        OSError: It cannot be read.
-        FileFormatError: It is no such file.
-    """
-    record = read_object(path, "stages")
-    for name, stage in record.items():
-        where = f"{path}: {shown(name)}"
-        if not isinstance(stage, dict):
-            raise FileFormatError(f"{where}: is {shown(stage)}, not the record of a stage")
-        outputs = stage.get("outputs")
-        if not isinstance(stage.get("inputs"), str):
-            raise FileFormatError(f"{where}: inputs: is missing, or no digest")
-        if not isinstance(outputs, dict) or not all(
-            digest is None or isinstance(digest, str) for digest in outputs.values()
-        ):
-            raise FileFormatError(f"{where}: outputs: is missing, or not digests by file")
-        seconds = stage.get("seconds")
-        if type(seconds) not in (int, float) or not 0 <= float(seconds or 0) < math.inf:
-            raise FileFormatError(f"{where}: seconds: is {shown(seconds)}, no number of seconds")
-    return record
-
-
-def _note_broken(data: Data, folder: Path, reporter: Reporter) -> None:
+def _note_broken(data: Data, stages: Stages, reporter: Reporter) -> None:
     """Say which files broke while they were loaded, and write it down beside the splits."""
     names = sorted({name for process in gather(data.broken()) for name in process})
     if names != data.record.get("broken_while_loading", []):
         data.record["broken_while_loading"] = names
-        from_main(lambda: write_json(folder / DATA, data.record))
+        stages.write_data(lambda: write_json(stages.folder / DATA, data.record))
         reporter.say(
             f"data: images that could not be read and were replaced by others: {len(names)},"
             f" such as {names[-1]}"
         )
-
-
-def _checkpoint_name(stage: str) -> str:
-    return f"{stage}.checkpoint"
 
 
 def _by_layer(indicators: Indicators) -> Record:
@@ -814,7 +753,3 @@ def _by_layer(indicators: Indicators) -> Record:
         }
         for layer in indicators.layers
     }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -125,7 +125,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     save_weights(nn.Linear(2, 2), path)
     before = path.read_bytes()
 
-    def fail(tensors):
+    def fail(tensors, metadata):
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.torch.save", fail)
