@@ -45,12 +45,13 @@ def graph_digest(model: nn.Module, example_input: Tensor) -> str:
     model = copy.deepcopy(model).eval()
     names = {id(value): name for name, value in model.named_parameters()}
     names |= {id(value): name for name, value in model.named_buffers()}
+    sample = example_input[:1].detach().clone()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(names)
     try:
         # With gradients: without them attention takes another path.
         with torch.enable_grad(), fake_mode, recorder:
-            model(fake_mode.from_tensor(example_input[:1].detach()))
+            model(fake_mode.from_tensor(sample))
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise ValueError(
@@ -127,6 +128,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Any] = []
         self._names = dict(names)
+        self._count = 0
         self._kept: list[Tensor] = []  # so that no other tensor gets the same id
 
     def __torch_dispatch__(
@@ -140,8 +142,9 @@ class _Recorder(TorchDispatchMode):
             source = next(value for value in args if isinstance(value, Tensor))
             self._name(output, self._names.get(id(source)) or self._new(source))
             return output
-        self.calls.append([name.removesuffix("_"), arguments])
-        tree_map(self._new, output)
+        if func.namespace != "prim":  # questions, as for the device
+            self.calls.append([name.removesuffix("_"), arguments])
+            tree_map(self._new, output)
         return output
 
     def _described(self, value: Any) -> Any:
@@ -151,8 +154,9 @@ class _Recorder(TorchDispatchMode):
         return value if isinstance(value, bool | int | float | str | None) else str(value)
 
     def _new(self, value: Any) -> str:
-        name = f"%{len(self._kept)}"
+        name = f"%{self._count}"
         if isinstance(value, Tensor):
+            self._count += 1
             self._name(value, name)
         return name
 

@@ -18,6 +18,8 @@ from limpq_ext.models import (
     load_weights,
     save_weights,
 )
+from limpq_ext.policy import Policy
+from limpq_ext.prepare import apply_policy
 
 
 def test_the_small_resnet_has_the_depth_it_says():
@@ -120,6 +122,61 @@ def test_weights_whose_names_are_no_strings_are_refused(tmp_path, key):
         load_weights(nn.Linear(2, 2), tmp_path / "w.pt")
 
 
+def policy_of(weight_bits):
+    return Policy.uniform(["layer1.0.conv1", "layer2.0.conv2"], weight_bits, 4)
+
+
+def quantized(model, weight_bits, **options):
+    with pytest.warns(UserWarning, match="left in float"):
+        return apply_policy(model, policy_of(weight_bits), **options)
+
+
+def test_weights_of_a_policy_do_not_load_at_other_bits(tmp_path):
+    path = tmp_path / "tuned.safetensors"
+    model = CifarResNet(1)
+    save_weights(quantized(model, 3), path)
+    load_weights(quantized(model, 3), path)
+    for other, shown in (
+        (quantized(model, 2), "W2 A4"),
+        (quantized(model, 3, symmetric_weights=True), "W3 symmetric A4"),
+        (quantized(model, 3, scale_max=1.0), "W3 up to 1.0 A4 up to 1.0"),
+    ):
+        with pytest.raises(FileFormatError, match="trained at other bits") as caught:
+            load_weights(other, path)
+        assert f"layer 'layer1.0.conv1' at W3 A4, not {shown} (and 1 more layers)" in str(
+            caught.value
+        )
+
+
+def test_weights_do_not_load_into_a_network_that_computes_something_else(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    network = {"graph": "one", "input_shape": [3, 8, 8]}
+    save_weights(CifarResNet(1), path, network=network)
+    load_weights(CifarResNet(1), path, network=network)
+    load_weights(CifarResNet(1), path)
+    load_weights(CifarResNet(1), path, network={"graph": "two", "input_shape": [3, 16, 16]})
+    with pytest.raises(FileFormatError, match="were trained in another network"):
+        load_weights(CifarResNet(1), path, network={**network, "graph": "two"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_not_finite_are_an_error(tmp_path, value, suffix):
+    model, path = CifarResNet(1), tmp_path / f"weights.{suffix}"
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = value
+    torch.save(model.state_dict(), path) if suffix == "pt" else save_weights(model, path)
+    with pytest.raises(FileFormatError, match=r"'conv1\.weight' has values that are NaN or inf"):
+        load_weights(CifarResNet(1), path)
+
+
+def test_a_buffer_may_be_infinite_as_masks_are(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    save_weights(model, tmp_path / "weights.safetensors")
+    load_weights(model, tmp_path / "weights.safetensors")
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_weights(nn.Linear(2, 2), path)
@@ -200,7 +257,12 @@ def test_a_model_of_ones_own_is_a_function_of_a_module(tmp_path, monkeypatch):
         "import torch\n\ndef tiny(width=4):\n    return torch.nn.Linear(3, width)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    before = list(sys.path)
+    with pytest.raises(ImportError, match="cannot import 'my_networks'"):
+        create_model("my_networks:tiny")
+    assert sys.path == before
+    monkeypatch.syspath_prepend(tmp_path)
     assert create_model("my_networks:tiny", width=6).out_features == 6
     assert create_model("limpq_ext.models:CifarResNet", blocks=1).fc.out_features == 10
 
