@@ -175,12 +175,10 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     measured = [] if table is None else [str(Path(table).resolve())]
     with stages.stage("search", [part["search"]], [INDICATORS, COSTS, *measured]) as stage:
         if stage.go:
-            stage.write(
-                POLICY,
-                lambda path: search_policy(
-                    recipe, Indicators.load(folder / INDICATORS), costs
-                ).save(path),
+            found = from_main(
+                lambda: search_policy(recipe, Indicators.load(folder / INDICATORS), costs)
             )
+            stage.write(POLICY, found.save)
     policy = from_main(lambda: Policy.load(folder / POLICY))
     for line in _budgets_in_words(policy):
         reporter.say(line)

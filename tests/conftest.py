@@ -1,6 +1,10 @@
-"""Devices: tests that need CUDA are collected everywhere and skipped, with the reason."""
+"""Devices: tests that need CUDA are collected everywhere and skipped, with the reason.
+
+The command line, as tests of several modules run it.
+"""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -33,3 +37,23 @@ def heeding_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def limpq(monkeypatch, capsys, tmp_path):
+    """Runs the command line in a folder of its own: exit code, standard output, errors."""
+    from limpq_ext import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["limpq", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run

@@ -25,7 +25,6 @@ from limpq_ext import (
     LatencyEntry,
     LatencyTable,
     Policy,
-    cli,
 )
 from limpq_ext.costs import LayerCost, LiveTensor
 
@@ -38,24 +37,6 @@ SMALL = {
     "joint": {"epochs": 1, "lr": 0.01},
     "finetune": {"epochs": 1, "lr": 0.02},
 }
-
-
-@pytest.fixture
-def limpq(monkeypatch, capsys, tmp_path):
-    """Runs the command line in a folder of its own: exit code, standard output, errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limpq", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -338,9 +319,12 @@ def test_a_stage_alone_goes_on_from_the_checkpoint_beside_its_output(
 @pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
-    finished_run, limpq, tmp_path, monkeypatch, number
+    finished_run, limpq, tmp_path, monkeypatch, number, request
 ):
     recipe, _, _ = finished_run
+    if number == signal.SIGINT:  # which a shell lets its background jobs ignore
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(
         "limpq_ext.pipeline.load_data", lambda *_, **__: os.kill(os.getpid(), number)
     )
