@@ -44,7 +44,8 @@ class ModelSection(_Section):
 
     name: str = Field(
         "cifar_resnet",
-        description="cifar_resnet, a torchvision classifier, timm/NAME or package.module:function",
+        description="cifar_resnet, a torchvision classifier, timm/NAME or package.module:function,"
+        " which is imported and runs code",
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="arguments of its constructor; classes come from the data"

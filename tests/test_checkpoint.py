@@ -446,3 +446,18 @@ def test_a_joint_training_does_not_go_on_from_other_candidates():
         trainers.append(JointTrainer(model, optimizer, F.cross_entropy))
     with pytest.raises(ValueError, match=r"candidates are \[3, 4\], but the state is of \[2, 4\]"):
         trainers[1].load_state_dict(trainers[0].state_dict())
+
+
+def test_a_checkpoint_of_another_training_is_not_removed(tmp_path):
+    path = tmp_path / "checkpoint"
+    Checkpoint(path, key="mine").save({})
+    with pytest.raises(FileFormatError, match="belongs to another recipe or other inputs"):
+        Checkpoint(path, key="yours").remove()
+    assert path.exists()
+    Checkpoint(path, key="mine").remove()
+    assert not path.exists()
+    Checkpoint(path, key="mine").remove()
+    path.write_text("a file")
+    with pytest.raises(FileFormatError, match="not a readable checkpoint"):
+        Checkpoint(path, key="mine").remove()
+    assert path.read_text() == "a file"

@@ -645,3 +645,74 @@ def test_an_unknown_option_is_a_usage_error(limpq):
     code, _, error = limpq("search", "--budget", 3)
     assert code == 2
     assert "--budget" in error
+
+
+def test_an_error_is_one_line_and_debug_shows_where_it_is_from(limpq):
+    small_files()
+    for command, shown in (
+        ((*SEARCH, "none.json"), False),
+        (("--debug", *SEARCH, "none.json"), True),
+        ((*SEARCH, "none.json", "--debug"), True),
+    ):
+        code, _, error = limpq(*command)
+        assert code == 2
+        assert ("Traceback" in error) == shown
+        assert error.splitlines()[-1].startswith("limpq: ")
+        assert shown or len(error.splitlines()) == 1
+
+
+def test_an_error_that_nobody_expected_is_one_line_too(limpq, monkeypatch):
+    def fail(*arguments):
+        raise KeyError("layer")
+
+    monkeypatch.setattr("limpq_ext.recipe.shipped_recipes", fail)
+    code, _, error = limpq("recipes")
+    assert code == 1
+    assert error == "limpq: unexpected KeyError: 'layer' (--debug shows where)\n"
+    code, _, error = limpq("recipes", "--debug")
+    assert code == 1
+    assert "Traceback" in error
+
+
+def test_a_curve_has_a_number_of_points_that_can_be_found(limpq):
+    search_files()
+    code, _, error = limpq(
+        "pareto", "--indicators", "indicators.json", "--costs", "costs.json",
+        "--points", 1_000_000_000,
+    )  # fmt: skip
+    assert code == 2
+    assert "--points is 1,000,000,000, at most 100,000 are found" in error
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(finished_run, limpq):
+    safetensors = pytest.importorskip("safetensors.torch")
+    recipe, out, _ = finished_run
+    weights = safetensors.load_file(out / "float.safetensors")
+    for name, value, message in (
+        ("fc.weight", float("nan"), "'fc.weight' has values that are NaN or infinite"),
+        ("fc.weight", 3e38, "the loss on the test images is "),
+    ):
+        bad = {**weights, name: weights[name] * 0 + value, "fc.bias": weights["fc.bias"] * 0 + 3e38}
+        safetensors.save_file(bad, "bad.safetensors")
+        code, said, error = limpq("evaluate", recipe, "--weights", "bad.safetensors")
+        assert code == 2
+        assert message in error
+        assert "accuracy" not in said
+
+
+def test_names_from_files_do_not_command_the_terminal(limpq):
+    name = "a\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
+    values = {"2": 0.4, "4": 0.2}
+    layers = [{"name": name, "weight": values, "activation": values}]
+    indicators = {"format": "limpq-indicators", "version": 1, "bits": [2, 4], "layers": layers,
+                  "meta": {}}  # fmt: skip
+    Path("indicators.json").write_text(json.dumps(indicators))
+    Costs((LayerCost(name, "linear", 10, 10, 10),), ()).save("costs.json")
+    code, said, error = limpq(*SEARCH, "indicators.json")
+    assert code == 0, error
+    assert "a\\x1b]0;title\\x07\\x1b[2J\\r\\x9b31m\\u202e" in said
+    Path("costs.json").write_text(Path("costs.json").read_text().replace('"a', '"b'))
+    code, _, error = limpq(*SEARCH, "indicators.json", "--force")
+    assert code == 2
+    for text in (said, error):
+        assert all(character.isprintable() or character == "\n" for character in text)

@@ -152,6 +152,18 @@ def test_files_that_were_edited_or_added_are_left_alone(copied, limpq, name, fre
     assert after == before
 
 
+def test_tensorboard_events_of_others_are_left_alone(copied, limpq):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    recipe, out = copied
+    events = out / "tensorboard" / "float" / "events.out.tfevents.1"
+    events.parent.mkdir(parents=True)
+    events.write_text("mine")
+    code, _, error = limpq("run", recipe, "--out", out, "--tensorboard", "--fresh")
+    assert code == 2
+    assert "tensorboard is not of a run" in error
+    assert events.read_text() == "mine"
+
+
 def test_a_recipe_with_comments_that_says_the_same_is_left_as_it_is(copied, limpq):
     _, out = copied
     path = out / "recipe.yaml"
@@ -290,17 +302,17 @@ HOLES = "layer,weight_bits,activation_bits,seconds\nlayer1.0.conv1,2,2,0.1\n"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["search.pairs={'*': [[7, 7]]}"], "(7, 7) has 7 bits, the indicators have [2, 4]"),
-        (["search.min_bits={nothing: 4}"], "'nothing' fits no searchable layer"),
+        (["search.pairs={'*': [[7, 7]]}"], "7 bits"),
+        (["search.min_bits={nothing: 4}"], "'nothing' fits no"),
         (["search.latency=1"], "latency_table is missing"),
         (["search.latency=1", "search.latency_table=none.csv"], "none.csv"),
         (["search.latency=1", "search.latency_table=holes.csv"], "entries are missing"),
-        (["search.size=1"], "no policy keeps size <= 1; the smallest size"),
-        (["search.bitops=1000"], "no policy keeps bitops <= 1000"),
-        (["search.compression=1000"], "no policy keeps compression >= 1000"),
-        (["search.size=w4a4", "search.compression=16"], "no policy keeps compression >= 16"),
-        (["model.name=net:build", "model.options={}"], "cannot quantize '8' (LSTM)"),
-        (["quantization.exclude=[nothing]"], "exclude: the model has no module 'nothing'"),
+        (["search.size=1"], "no policy keeps size"),
+        (["search.bitops=1000"], "no policy keeps bitops"),
+        (["search.compression=1000"], "no policy keeps compression"),
+        (["search.size=w4a4", "search.compression=16"], "no policy keeps compression"),
+        (["model.name=net:build", "model.options={}"], "(LSTM)"),
+        (["quantization.exclude=[nothing]"], "no module 'nothing'"),
         (["quantization.fixed=['*']"], "no layer is left to search"),
         (["joint.cuda_graph=true"], "cuda_graph needs a model on a CUDA device"),
         (["model.weights=none.pt"], "none.pt"),
