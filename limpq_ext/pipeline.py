@@ -337,11 +337,15 @@ class Session:
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """What the metadata of weights say of the network that they are of."""
-        return {
-            "graph": graph_digest(self.create_model(), self.example_input()),
-            "input_shape": list(self.data.image_shape),
-        }
+        """What the metadata of weights say of the network that they are of.
+
+        Nothing, where its forward cannot be followed: it can be evaluated all the same.
+        """
+        try:
+            graph = graph_digest(self.create_model(), self.example_input())
+        except ValueError:
+            return {}
+        return {"graph": graph, "input_shape": list(self.data.image_shape)}
 
     def common_key(self) -> dict[str, Any]:
         """What every stage depends on."""

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("typer")
 
+import torch
 import yaml
 
 from limpq_ext import Costs, Policy, exclusive
@@ -117,6 +118,26 @@ def test_weights_are_evaluated_with_their_own_policy_alone(finished, limpq):
     assert code == 2
     assert "finetuned.safetensors: the weights were trained at other bits: layer '" in error
     assert "accuracy" not in said
+
+
+def test_a_network_whose_forward_depends_on_values_can_be_evaluated(limpq, own_network):
+    own_network(
+        NET
+        + """
+
+class Odd(nn.Linear):
+    def forward(self, x):
+        x = x.flatten(1)
+        return super().forward(x if x.sum() > 0 else -x)
+
+def odd(num_classes):
+    return Odd(64, num_classes)
+"""
+    )
+    torch.save(torch.nn.Linear(64, 10).state_dict(), "odd.pt")
+    code, said, error = limpq("evaluate", "--set", "model.name=net:odd", "--weights", "odd.pt")
+    assert code == 0, error
+    assert "450 samples" in said
 
 
 FILES = ("recipe.yaml", "data.json", "metrics.jsonl", "scan.json", "float.checkpoint",
