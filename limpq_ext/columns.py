@@ -18,6 +18,10 @@ MOST_TUPLES: Final = 2048
 """So many combinations of labels may a set of linked groups have; above that HiGHS takes over."""
 
 
+LIMB: Final = 32
+"""Bits of a part of what rounding leaves over: floats add up those of two million groups."""
+
+
 class WholeTable:
     """A table of integers as floats, above the least of each group and in their largest unit.
 
@@ -31,23 +35,40 @@ class WholeTable:
         unit: The unit of ``costs``.
         exact: Whether nothing was rounded.
         above: The costs above the least of each group as integers.
+        most: What the dearest choices cost together above the base.
     """
 
     def __init__(self, table: Sequence[Sequence[int]], starts: np.ndarray) -> None:
         flat = list(itertools.chain.from_iterable(table))
-        try:
-            costs = np.array(flat, dtype=np.int64)
-        except OverflowError:
-            costs = np.array(flat, dtype=object)
+        small = min(flat) > -(2**62) and max(flat) < 2**62  # so that differences fit too
+        costs = np.array(flat, dtype=np.int64 if small else object)
         least = np.minimum.reduceat(costs, starts[:-1])
         self.above = costs - np.repeat(least, np.diff(starts))
         self.base = sum(least.tolist())
-        self.unit = int(np.gcd.reduce(self.above)) or 1
-        most = sum(np.maximum.reduceat(self.above, starts[:-1]).tolist())
-        excess = max(0, (most // self.unit).bit_length() - 53)
-        self.unit <<= excess
-        self.exact = excess == 0
+        self._fine = int(np.gcd.reduce(self.above)) or 1
+        self.most = sum(np.maximum.reduceat(self.above, starts[:-1]).tolist())
+        self._excess = max(0, (self.most // self._fine).bit_length() - 53)
+        self.unit = self._fine << self._excess
+        self.exact = self._excess == 0
         self.costs = (self.above // self.unit).astype(float)
+
+    @property
+    def widths(self) -> list[int]:
+        """Bits of the parts of what rounding leaves over, from the highest part to the lowest."""
+        first = self._excess % LIMB
+        return ([first] if first else []) + [LIMB] * (self._excess // LIMB)
+
+    def limbs(self) -> list[np.ndarray]:
+        """What rounding leaves of all costs, in the parts that `widths` describes.
+
+        With them the costs are exact: two sums that agree in all parts are equal.
+        """
+        rest = self.above // self._fine
+        parts = []
+        for width in reversed(self.widths):
+            parts.append((rest & ((1 << width) - 1)).astype(float))
+            rest = rest >> width
+        return parts[::-1]
 
     def room(self, limit: int) -> float:
         """A limit above the base, in the unit."""

@@ -222,7 +222,7 @@ def _choices(problem: Problem, layer: str, solution: Solution, policy: Policy) -
         found.append(
             Choice(
                 *pair,
-                own=problem.values[place][column],
+                own=float(problem.values[place][column]),
                 price=sum(price * row.costs[place][column] for row, price in rows),
                 objective=None if best is None else best.objective,
                 change=change,

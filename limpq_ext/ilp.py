@@ -17,7 +17,11 @@ and at least L(p) + r if it uses a choice that is r above the minimum of its gro
    few prices, bounds a partial answer; those above the best known answer go. Where more are left
    than may be held, the most promising stay, and the least bound of the others is remembered: a
    sweep is a heuristic and, once nothing was dropped that could be better, the proof.
-3. What sweeps leave unproven, HiGHS solves as a mixed-integer program, `limpq_ext.mip`.
+3. Where values are of so different sizes that a float cannot hold the sums, sweeps count in a unit
+   in which small values are nothing. What is worse than the best known answer then goes, and what
+   is left makes a program of its own, with a finer unit.
+4. What sweeps leave unproven, HiGHS solves as a mixed-integer program, `limpq_ext.mip`. Its answer
+   is optimal up to its tolerance, which the solution says.
 """
 
 from __future__ import annotations
@@ -26,16 +30,17 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 
-from limpq_ext.columns import WholeTable, by_group, lay_out, undominated
+from limpq_ext.columns import Layout, WholeTable, by_group, lay_out, undominated
 from limpq_ext.extras import require
 from limpq_ext.mip import TOLERANCE, Mip
 from limpq_ext.relaxation import CuttingPlanes, around, rounded
-from limpq_ext.rows import Link, NoSolutionError, Row, Solution, total
+from limpq_ext.rows import Link, NoSolutionError, Row, Solution, Stop, total
 from limpq_ext.sweep import PartialAnswers, sweep
 
 __all__ = [
@@ -55,9 +60,14 @@ WIDTHS: Final = (256, 2048, 16384, 131072)
 LAST_WIDTH: Final = 65536
 """Partial answers that the sweep may hold that proves what HiGHS found."""
 
+FINER: Final = 10
+"""By so many bits at least has the unit of the values to become finer for a program of its own."""
+
+Value = float | Fraction
+
 
 def minimise(
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[Value]],
     rows: Sequence[Row],
     *,
     gap: float,
@@ -109,12 +119,10 @@ def nearest(
 class Program:
     """A program that is built once and solved for as many limits as one likes.
 
-    Values are counted in whole units: a power of ten so small that all groups together span at
-    most 2^52 units, and at least a tenth of that. A sum of G values is rounded by at most G / 2
-    units, which is G * 1.2e-15 of the span (the sum over the groups of largest - smallest value).
-    Decimals of up to 15 - log10(span) places are exact. In these units the objective, the ties and
-    the proof are facts about integers: two answers are equal if they have as many units, and an
-    answer is optimal if no other that keeps the limits has fewer.
+    Values are exact: a float is the decimal that it is written as, and all of them are whole
+    numbers of a common unit. Objective, ties and proof are facts about integers: two answers are
+    equal if they have as many units, and an answer is optimal if no other that keeps the limits
+    has fewer.
 
     Args:
         values: Value of every choice of every group, finite.
@@ -133,7 +141,7 @@ class Program:
 
     def __init__(
         self,
-        values: Sequence[Sequence[float]],
+        values: Sequence[Sequence[Value]],
         rows: Sequence[Row],
         *,
         links: Sequence[Link] = (),
@@ -143,31 +151,36 @@ class Program:
         sizes = [len(group) for group in values]
         _check_shapes(sizes, rows, links, tiebreaks)
         self._starts = np.cumsum([0, *sizes])
-        self._values = np.array(list(itertools.chain.from_iterable(values)), dtype=float)
-        if not np.isfinite(self._values).all():
-            raise ValueError("a value is not finite")
-        self._rows, self._links, self._tiebreaks = list(rows), list(links), list(tiebreaks)
-        lowest = np.minimum.reduceat(self._values, self._starts[:-1])
-        above = self._values - np.repeat(lowest, np.diff(self._starts))
-        self._base = float(lowest.sum())
-        span = float(np.maximum.reduceat(above, self._starts[:-1]).sum())
-        if not math.isfinite(span):
+        self._highspy = highspy
+        self._values = _exact(values)
+        flat = list(itertools.chain.from_iterable(self._values))
+        denominator = math.lcm(*{value.denominator for value in flat})
+        units = [
+            [value.numerator * (denominator // value.denominator) for value in group]
+            for group in self._values
+        ]
+        largest = sum(max(map(abs, group)) for group in units)
+        if largest >= denominator * 2**1024:
             raise ValueError("the values are too large to be added up")
-        self._decimals = min(math.floor(math.log10(2**52 / span)), 300) if span else 0
-        self._whole = np.rint(_shifted(above, self._decimals))
-        self._step = int(np.gcd.reduce(self._whole.astype(np.int64))) or 1  # of all sums
+        self._rows, self._links, self._tiebreaks = list(rows), list(links), list(tiebreaks)
+        self._whole = WholeTable(units, self._starts)
+        self._base = Fraction(self._whole.base, denominator)
+        self._unit = Fraction(self._whole.unit, denominator)
         self._whole_rows = [WholeTable(row.costs, self._starts) for row in rows]
         whole_ties = [WholeTable(table, self._starts) for table in tiebreaks]
         self._exact = all(row.exact for row in self._whole_rows)
         self._exact_ties = all(ties.exact for ties in whole_ties)
-        kept = undominated(self._whole, self._whole_rows, whole_ties, self._links, self._starts)
+        kept = undominated(
+            self._whole.comparable, self._whole_rows, whole_ties, self._links, self._starts
+        )
         self._layout, self._loose = lay_out(kept, self._starts, self._links)
-        # of every column: value, costs, tiebreaks
-        tables = [self._whole, *(whole.costs for whole in (*self._whole_rows, *whole_ties))]
+        # of every column: value, costs, what rounding left of the value, tiebreaks
+        tables = [self._whole.costs, *(whole.costs for whole in self._whole_rows)]
+        tables += [*self._whole.limbs(), *(whole.costs for whole in whole_ties)]
         self._columns = np.stack([table[self._layout.source] for table in tables])
         self._costs = self._columns[1 : 1 + len(rows)]
         # no answer has more units
-        self._most = float(np.maximum.reduceat(self._whole, self._starts[:-1]).sum())
+        self._most = float(self._whole.most // self._whole.unit)
         self._cuts = CuttingPlanes(highspy, self._layout, self._columns[: 1 + len(rows)])
         self._solver = f"HiGHS {highspy.Highs().version()}"
 
@@ -191,7 +204,8 @@ class Program:
 
         Returns:
             The choice, which keeps every limit and link in exact integers, and its proof. What only
-            HiGHS could prove is optimal, and its ties broken, up to HiGHS's tolerance of 1e-9.
+            HiGHS could prove is optimal, and its ties broken, up to HiGHS's tolerance of 1e-9; its
+            bound is lower by that.
 
         Raises:
             NoSolutionError: If the rows and links cannot be kept together.
@@ -202,7 +216,7 @@ class Program:
         task = _Task(self, limits, gap, deadline)
         if start is not None:
             task.offer(start)
-        stopped_by: Literal["optimal", "gap", "time"]
+        stopped_by: Stop
         try:
             stopped_by = task.run()
         except TimeoutError:
@@ -210,17 +224,62 @@ class Program:
                 raise TimeoutError("no policy was found within the time limit") from None
             stopped_by = "time"
         assert task.best is not None
-        objective = math.fsum(self._values[self._starts[:-1] + task.best])
-        bound = objective if stopped_by == "optimal" else min(objective, self.value(task.lower))
-        return Solution(tuple(task.best), bound, self._solver, stopped_by, task.shadow_prices())
+        objective = self.objective(task.best)
+        bound = objective if stopped_by == "optimal" else min(objective, task.bound)
+        return Solution(tuple(task.best), _below(bound), self._solver, stopped_by, task.prices())
+
+    def objective(self, chosen: Sequence[int]) -> Fraction:
+        """The sum of values of a choice, exactly."""
+        return self._base + Fraction(self.above(chosen), self._whole.unit) * self._unit
+
+    def above(self, chosen: Sequence[int]) -> int:
+        """The same above the smallest values, in the unit before it is rounded."""
+        return sum(self._whole.above[self._starts[:-1] + np.asarray(chosen)].tolist())
 
     def choices(self, sources: np.ndarray) -> list[int]:
         """The choice in each group, of indices among all choices."""
         return (np.sort(sources) - self._starts[:-1]).tolist()
 
-    def value(self, units: float) -> float:
+    def value(self, units: float) -> Fraction:
         """The sum of values that has so many units above the smallest values."""
-        return self._base + float(_shifted(units, -self._decimals))
+        return self._base + Fraction(units) * self._unit
+
+    def units(self, value: Fraction) -> float:
+        """How many units a difference of values is, at most what all answers can have."""
+        return float(min(value / self._unit, Fraction(self._most)))
+
+    def only(self, sources: np.ndarray) -> tuple[Program, list[list[int]]] | None:
+        """The same program of some of the choices, if its unit is much finer.
+
+        Args:
+            sources: Sorted indices among all choices.
+
+        Returns:
+            The program, and the choices of each group that it has. None where it is not finer.
+        """
+        above = self._whole.above[sources]
+        groups = by_group(sources, self._starts)
+        first = np.cumsum([0, *map(len, groups)])[:-1]
+        span = np.maximum.reduceat(above, first) - np.minimum.reduceat(above, first)
+        if self._whole.exact or sum(span.tolist()) >> (self._whole.most.bit_length() - FINER):
+            return None
+        left = [
+            (group - start).tolist() for group, start in zip(groups, self._starts, strict=False)
+        ]
+
+        def some(table: Sequence[Sequence[Any]]) -> list[list[Any]]:
+            return [[own[i] for i in kept] for own, kept in zip(table, left, strict=True)]
+
+        program = Program(
+            some(self._values),
+            [Row(some(row.costs), row.limit) for row in self._rows],
+            links=[
+                Link({g: [labels[i] for i in left[g]] for g, labels in link.labels.items()})
+                for link in self._links
+            ],
+            tiebreaks=[some(table) for table in self._tiebreaks],
+        )
+        return program, left
 
 
 class _Task:
@@ -228,8 +287,9 @@ class _Task:
 
     Attributes:
         best: The best answer that keeps the limits, None before there is one.
-        upper: Its units.
+        upper: Its units, rounded down. No answer that is as good has costs of more units.
         lower: No answer has fewer units.
+        bound: No answer has a smaller sum of values.
     """
 
     def __init__(self, program: Program, limits: list[int], gap: float, deadline: float) -> None:
@@ -239,14 +299,26 @@ class _Task:
         self._prices = np.zeros((1, len(limits)))
         self.best: list[int] | None = None
         self.upper = math.inf
-        self.lower = -math.inf
+        self.lower = 0.0
+        self.bound = program._base
+        self._finer: _Task | None = None
+        self._units = 0  # of the best answer, before rounding
 
     def offer(self, chosen: Sequence[int]) -> None:
         """Take a choice as the best one if it is, and keeps everything."""
-        program = self._program
-        units = float(program._whole[program._starts[:-1] + np.asarray(chosen)].sum())
-        if units < self.upper and self._kept(chosen):
-            self.best, self.upper = [int(i) for i in chosen], units
+        units = self._program.above(chosen)
+        if (self.best is None or units < self._units) and self._kept(chosen):
+            self._set_best(chosen)
+
+    def _set_best(self, chosen: Sequence[int]) -> None:
+        self.best = [int(i) for i in chosen]
+        self._units = self._program.above(self.best)
+        self.upper = float(self._units // self._program._whole.unit)
+
+    def _raise_lower(self, units: float) -> None:
+        """Take a number of units that no answer is below."""
+        self.lower = max(self.lower, units)
+        self.bound = max(self.bound, self._program.value(self.lower))
 
     def _kept(self, chosen: Sequence[int]) -> bool:
         rows = zip(self._program._rows, self._limits, strict=True)
@@ -254,57 +326,112 @@ class _Task:
             link.kept(chosen) for link in self._program._links
         )
 
-    def shadow_prices(self) -> tuple[float, ...]:
-        """The multipliers, in value for a unit of the rows as they were given."""
+    def prices(self) -> tuple[float, ...]:
+        """The shadow prices, in value for a unit of the rows as they were given."""
+        if self._finer is not None:
+            return self._finer.prices()
         program = self._program
         units = [whole.unit for whole in program._whole_rows]
-        prices = _shifted(self._prices[0], -program._decimals).tolist()
-        return tuple(price / unit for price, unit in zip(prices, units, strict=True))
+        return tuple(
+            float(Fraction(price) * program._unit / unit)
+            for price, unit in zip(self._prices[0].tolist(), units, strict=True)
+        )
 
-    def run(self) -> Literal["optimal", "gap"]:
+    def run(self) -> Stop:
         """Search until the answer is proven or within the gap."""
         program = self._program
         if (program._layout.minima(program._costs)[2].sum(axis=-1) > self._room).any():
             raise NoSolutionError("a row cannot be kept even by the cheapest choices")
         floor, best_prices = program._cuts.maximise(self._room, self._deadline)
-        self.lower = floor - self._margins(best_prices[None])[0]
+        self._raise_lower(floor - self._margins(best_prices[None])[0])
         if self.lower > program._most:
             raise NoSolutionError("the rows cannot be kept together")
         self._prices = around(best_prices)
         self._round()
         if program._loose:
-            return self._branch()
+            return self._finer_or_branch()
         reach, widths = self._reach(floor), iter(WIDTHS)
         width = next(widths)
         while width:
             target = min(self.upper, floor + reach, program._most)
             found, dropped = self._sweep(target, width)
-            self.lower = max(self.lower, min(self.upper if found else target, dropped))
-            if self._proven(found, dropped):
+            swept = target if self._beyond(target) else self.upper
+            self._raise_lower(min(swept, dropped))
+            if self._proven(found, dropped, target):
                 return "optimal"
             if self._within_gap():
                 return "gap"
-            if not found and target < min(self.upper, program._most):
+            nothing = not found or dropped == math.inf
+            if nothing and target < min(self.upper, program._most):
                 reach *= 4
             elif not found and dropped == math.inf:
                 raise NoSolutionError("the rows cannot be kept together")
             else:
+                if (stopped_by := self._search_finer()) is not None:
+                    return stopped_by
                 width = 0 if dropped == -math.inf else next(widths, 0)
         return self._branch()
 
-    def _proven(self, found: bool, dropped: float) -> bool:
-        """Whether the answer is the best one, after a sweep up to its units."""
-        if found and dropped > self.upper:
+    def _beyond(self, target: float) -> bool:
+        """Whether there may be answers of more units than ``target`` that are as good as the best.
+
+        A sweep sees the sum of the rounded values, which may be below the rounded sum.
+        """
+        return self.upper > target
+
+    def _proven(self, found: bool, dropped: float, target: float) -> bool:
+        """Whether the answer is the best one, after a sweep up to some units."""
+        if found and dropped > self.upper and not self._beyond(target):
             return True
         # others may be as good
-        return self.lower > self.upper - self._program._step and not self._program._tiebreaks
+        program = self._program
+        return program._whole.exact and self.lower > self.upper - 1 and not program._tiebreaks
+
+    def _finer_or_branch(self) -> Stop:
+        return self._search_finer() or self._branch()
+
+    def _search_finer(self) -> Stop | None:
+        """Search only what is not worse than the best answer, if it can be counted more finely.
+
+        Returns:
+            How that ended, None where it was not done.
+        """
+        program = self._program
+        if self.best is None or program._whole.exact:
+            return None
+        sub = program.only(np.unique(self._left().source))
+        if sub is None:
+            return None
+        self._finer = task = _Task(sub[0], self._limits, self._gap, self._deadline)
+        if all(choice in left for choice, left in zip(self.best, sub[1], strict=True)):
+            task.offer([left.index(i) for i, left in zip(self.best, sub[1], strict=True)])
+        try:
+            return task.run()
+        except NoSolutionError:  # HiGHS's tolerance: there is one
+            return None
+        finally:
+            self.bound = max(self.bound, task.bound)
+            if task.best is not None:
+                self._set_best([left[i] for left, i in zip(sub[1], task.best, strict=True)])
+
+    def _left(self) -> Layout:
+        """The columns with which there may be an answer that is as good as the best one."""
+        layout = self._program._layout
+        if self.best is None:
+            return layout
+        above, least = layout.above(self._priced())
+        most = self.upper + self._margins(self._prices[:1])[0] + self._prices[0] @ self._room
+        kept = above <= most - least
+        above, least = layout.above(self._program._columns[0])
+        reduced, _ = layout.only(kept & (above <= self.upper - least))
+        return layout if reduced is None else reduced
 
     def _within_gap(self) -> bool:
         """Whether the proven gap is as small as was asked for."""
         if self._gap == 0 or self.best is None:
             return False
-        objective = self._program.value(self.upper)
-        return objective - self._program.value(self.lower) <= self._gap * abs(objective)
+        objective = self._program.objective(self.best)
+        return objective - self.bound <= Fraction(self._gap) * abs(objective)
 
     def _round(self) -> None:
         """Offer the relaxed answer, rounded. Only what breaks no row is taken."""
@@ -325,8 +452,7 @@ class _Task:
         """
         program = self._program
         if self._gap:
-            wanted = self._gap * abs(program.value(floor))
-            return max(float(_shifted(wanted, program._decimals)), 1.0)
+            return max(program.units(Fraction(self._gap) * abs(program.value(floor))), 1.0)
         above, _ = program._layout.above(self._priced())
         above = above[above > 0]
         count = min(len(above) - 1, (len(program._starts) - 1) // 2)
@@ -357,74 +483,78 @@ class _Task:
             width=width,
             exact=program._exact,
             deadline=self._deadline,
+            widths=program._whole.widths,
         )
         return answers is not None and self._take(answers), dropped
 
     def _take(self, answers: PartialAnswers) -> bool:
         """Take the best of the answers that a sweep ended with."""
         program = self._program
-        best: tuple[list[int], list[int]] | None = None
-        units = math.inf
-        for value, sources in answers.answers():
-            if value > units:
-                break
+        best: tuple[int, list[int], list[int]] | None = None
+        for sources in answers.answers():
             chosen = program.choices(sources)
+            units = program.above(chosen)
+            if best is not None and units > best[0]:
+                break
             if not program._exact and not self._kept(chosen):
                 continue
-            units = value
             sums = [total(table, chosen) for table in program._tiebreaks]
-            if best is None or sums < best[0]:
-                best = sums, chosen
+            if best is None or sums < best[1]:
+                best = units, sums, chosen
             if program._exact_ties or time.perf_counter() > self._deadline:
                 break
-        if best is None:
+        if best is None or (self.best is not None and best[0] > self._units):
             return False
-        assert self._kept(best[1])
-        self.best, self.upper = best[1], units
+        assert self._kept(best[2])
+        self._set_best(best[2])
         return True
 
-    def _branch(self) -> Literal["optimal", "gap"]:
+    def _branch(self) -> Stop:
         """Let HiGHS solve what is left as a mixed-integer program, then break ties in the same way.
 
         Every objective that is settled becomes a row: its sum may not rise again.
         """
         program = self._program
-        layout = program._layout
-        if self.best is not None:
-            above, least = layout.above(self._priced())
-            most = self.upper + self._margins(self._prices[:1])[0] + self._prices[0] @ self._room
-            reduced, _ = layout.only(above <= most - least)
-            layout = layout if reduced is None else reduced
-        sources = by_group(np.unique(layout.source), program._starts)
+        sources = by_group(np.unique(self._left().source), program._starts)
         left = zip(sources, program._starts[:-1], strict=True)
         mip = Mip([(some - first).tolist() for some, first in left], program._links)
         for row, limit in zip(program._rows, self._limits, strict=True):
             mip.add(Row(row.costs, limit))
         ends = itertools.pairwise(program._starts.tolist())
-        units = [[int(unit) for unit in program._whole[first:end]] for first, end in ends]
-        answer = mip.solve(
-            units,
-            gap=self._gap,
-            deadline=self._deadline,
-            start=self.best,
-            offset=_shifted(program._base, program._decimals),
-        )
+        units = [program._whole.above[first:end].tolist() for first, end in ends]
+        unit = program._whole.unit
+        try:
+            answer = mip.solve(
+                units,
+                gap=self._gap,
+                deadline=self._deadline,
+                start=self.best,
+                offset=program._base / program._unit * unit if self._gap else 0,
+            )
+        except NoSolutionError:
+            if self.best is None:
+                raise
+            return "tolerance"
         self.offer(answer.chosen)
-        self.lower = max(self.lower, min(self.upper, answer.bound))
+        self._raise_lower(float(min(Fraction(self.upper), answer.bound / unit)))
         if answer.late:
             raise TimeoutError
-        if self._gap:
+        if self._gap and self._within_gap():
             return "gap"
         assert self.best is not None
-        if not program._loose and self._proven(*self._sweep(self.upper, LAST_WIDTH)):
-            return "optimal"
+        if not program._loose:
+            swept = self._sweep(self.upper, LAST_WIDTH)
+            if self._proven(*swept, self.upper):
+                return "optimal"
+        if self._gap:
+            return "tolerance"
         for done, table in itertools.pairwise([units, *program._tiebreaks]):
             mip.add(Row(done, total(done, self.best)))
             answer = mip.solve(table, gap=0.0, deadline=self._deadline, start=self.best)
-            self.best = list(answer.chosen)
+            self._set_best(answer.chosen)
             if answer.late:
                 raise TimeoutError
-        return "optimal"
+        return "tolerance"
 
 
 def _check_shapes(
@@ -451,6 +581,21 @@ def _check_shapes(
                 raise ValueError(f"link {index} has other choices in group {group} than the values")
 
 
-def _shifted(number: Any, decimals: int) -> Any:
-    """A number or an array times a power of ten, which may be a small one."""
-    return number * 10.0**decimals if decimals >= 0 else number / 10.0**-decimals
+def _exact(values: Sequence[Sequence[Value]]) -> list[list[Fraction]]:
+    """Values as fractions, a float as the decimal that it is written as."""
+    flat = itertools.chain.from_iterable(values)
+    if not all(isinstance(value, Fraction) or math.isfinite(value) for value in flat):
+        raise ValueError("a value is not finite")
+    return [
+        [
+            value if isinstance(value, Fraction) else Fraction(Decimal(repr(float(value))))
+            for value in group
+        ]
+        for group in values
+    ]
+
+
+def _below(number: Fraction) -> float:
+    """The largest float that is not above a number."""
+    near = float(number)
+    return near if Fraction(near) <= number else math.nextafter(near, -math.inf)

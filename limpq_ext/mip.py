@@ -20,6 +20,20 @@ TOLERANCE: Final = 1e-9
 most rows is well above it; where it is not, the exact check notices."""
 
 
+_MOST: Final = 1e300
+"""Larger than any number that HiGHS is given."""
+
+
+def _near(number: Fraction) -> float:
+    """A number as a float, a huge one cut."""
+    return float(max(-Fraction(_MOST), min(number, Fraction(_MOST))))
+
+
+def _scaled(number: int, exponent: int) -> float:
+    """An integer times a power of two that is 1 at most, however large the integer is."""
+    return number / (1 << -exponent)
+
+
 def silent_highs(highspy: Any) -> Any:
     """A new HiGHS with the tolerances and without output."""
     highs = highspy.Highs()
@@ -35,10 +49,16 @@ def silent_highs(highspy: Any) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """What HiGHS answered: the choice, a bound of the objective, and whether time ran out."""
+    """What HiGHS answered.
+
+    Attributes:
+        chosen: The choice in each group.
+        bound: A bound of the objective, less what HiGHS's tolerances can make of it.
+        late: Whether time ran out.
+    """
 
     chosen: tuple[int, ...]
-    bound: float
+    bound: Fraction
     late: bool
 
 
@@ -120,16 +140,16 @@ class Mip:
             return
         exponent = min(0, 10 - (max(above) // unit).bit_length())
         columns = [column for column, cost in enumerate(above) if cost]
-        costs = [math.ldexp(above[column] // unit, exponent) for column in columns]
+        costs = [_scaled(above[column] // unit, exponent) for column in columns]
         if weight is None:
             self._exact.append(row)
             # Half a unit more admits no other integers, and keeps HiGHS's rounding from excluding
             # an answer that uses the limit up. Where a unit is below HiGHS's tolerance this admits
             # answers that break the limit: they are found in exact integers and cut off.
-            limit = math.ldexp((row.limit - base) // unit, exponent)
+            limit = _scaled(min((row.limit - base) // unit, sum(above) // unit), exponent)
             limit += max(math.ldexp(0.5, exponent), 8 * TOLERANCE)
         else:
-            limit = float(Fraction(row.limit - base, unit) * Fraction(2) ** exponent)
+            limit = _near(Fraction(row.limit - base, unit) * Fraction(2) ** exponent)
             columns.append(self._count)
             costs.append(-1.0)
             self._excesses[self._count] = weight * unit / Fraction(2) ** exponent
@@ -143,7 +163,7 @@ class Mip:
         gap: float,
         deadline: float,
         start: Sequence[int] | None = None,
-        offset: float = 0.0,
+        offset: Fraction | int = 0,
     ) -> Answer:
         """The choice with the smallest sum of a table and of weighted excesses.
 
@@ -167,7 +187,9 @@ class Mip:
         for column, weight in self._excesses.items():
             objective[column] = float(weight * scale)
         model = self._model(objective)
-        model.offset_ = (base + offset) * float(scale)
+        # Only a relative gap needs to know what is added; as a float it costs digits.
+        added = _near((base + offset) * scale) if gap else 0.0
+        model.offset_ = added
         known = self._highspy.HighsModelStatus
         while True:
             self._set_rows(model)
@@ -185,7 +207,9 @@ class Mip:
             chosen = tuple(group[int(np.argmax(values[a:b]))] for group, (a, b) in ends)
             violated = [row for row in self._exact if row.use(chosen) > row.limit]
             if not violated:
-                bound = info.mip_dual_bound / float(scale) - offset
+                # A value of 1024 may be off by the tolerance in every group.
+                bound = Fraction(max(info.mip_dual_bound, -_MOST)) - Fraction(added)
+                bound = (bound - 1024 * len(self._groups) * Fraction(TOLERANCE)) / scale + base
                 return Answer(chosen, bound, status == known.kTimeLimit)
             self._cut_off(violated, chosen)
 

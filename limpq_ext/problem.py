@@ -15,9 +15,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Final, TypedDict
 
 from limpq_ext.budgets import (
@@ -30,7 +33,7 @@ from limpq_ext.budgets import (
     make_budgets,
 )
 from limpq_ext.costs import Costs
-from limpq_ext.ilp import TOLERANCE, Link, Program, Row, Solution
+from limpq_ext.ilp import Link, Program, Row, Solution
 from limpq_ext.indicators import Indicators, NonMonotone, Rule
 from limpq_ext.latency import LatencyTable
 from limpq_ext.policy import BudgetUse, LayerBits, Policy
@@ -86,7 +89,8 @@ class Problem:
         indicators: The indicators, normalised and repaired as it was asked.
         alpha: Weight of the weight indicators.
         terms: Layer -> pair of bits that it could have without restrictions -> its two terms of
-            the objective. A bit-width that was given by the user and has no indicator counts 0.
+            the objective, exactly: an indicator is the decimal that it is written as. A bit-width
+            that was given by the user and has no indicator counts 0.
         budgets: The budgets.
         restrictions: The restrictions that the user asked for.
         latency_table: The table of a latency budget.
@@ -98,7 +102,7 @@ class Problem:
     costs: Costs
     indicators: Indicators
     alpha: float
-    terms: Mapping[str, Mapping[Pair, tuple[float, float]]]
+    terms: Mapping[str, Mapping[Pair, tuple[Fraction, Fraction]]]
     budgets: tuple[Budget, ...]
     restrictions: tuple[Restriction, ...]
     latency_table: LatencyTable | None
@@ -142,10 +146,11 @@ class Problem:
         return list(self.pairs.values())
 
     @functools.cached_property
-    def values(self) -> list[list[float]]:
-        """Term of the objective of each column."""
+    def values(self) -> list[list[Fraction]]:
+        """Term of the objective of each column, exactly."""
         return [
-            [sum(self.terms[name][pair]) for pair in pairs] for name, pairs in self.pairs.items()
+            [operator.add(*self.terms[name][pair]) for pair in pairs]
+            for name, pairs in self.pairs.items()
         ]
 
     @functools.cached_property
@@ -246,9 +251,9 @@ class Problem:
         return all(budget.measure.use(pairs) <= budget.limit for budget in self.budgets)
 
     def objective(self, pairs: Sequence[Pair]) -> float:
-        """The objective of bits of the searchable layers."""
+        """The objective of bits of the searchable layers, rounded once."""
         own = zip(self.terms.values(), pairs, strict=True)
-        return math.fsum(term for terms, pair in own for term in terms[pair])
+        return float(sum((term for terms, pair in own for term in terms[pair]), Fraction(0)))
 
     def policy(self, solution: Solution, *, seconds: float | None = None) -> Policy:
         """The policy of an answer, checked against every budget and restriction in integers.
@@ -264,8 +269,9 @@ class Problem:
         if not (self.keeps(pairs) and self.allows(pairs)):
             raise RuntimeError("the solver's answer does not pass the check in exact integers")
         objective = self.objective(pairs)
-        bound = min(objective, solution.bound)
-        proven = (objective - bound) / objective if objective else 0.0
+        optimal = solution.stopped_by == "optimal"
+        bound = objective if optimal else min(objective, solution.bound)
+        left = (objective - bound) / objective if objective else 0.0
         checks = [
             {"name": b.name, "unit": b.measure.unit, "limit": b.limit, "used": b.measure.use(pairs)}
             for b in self.budgets
@@ -282,7 +288,7 @@ class Problem:
             self.plain_policy(pairs),
             objective=objective,
             bound=bound,
-            gap=proven if proven > TOLERANCE else 0.0,
+            gap=left,
             meta={} if seconds is None else meta,
         )
 
@@ -326,7 +332,8 @@ def make_problem(
     unknown = budgets.keys() - set(BUDGETS)
     if unknown:
         raise TypeError(f"there is no budget or option {min(unknown)!r}")
-    weight_of_weights = float(exact_number("alpha", alpha, zero=True))
+    exact_alpha = exact_number("alpha", alpha, zero=True)
+    weight_of_weights = float(exact_alpha)
     if gap is None:
         gap = 0.0 if len(costs.layers) <= EXACT_LAYERS else LARGE_GAP
     _check_names(indicators, costs)
@@ -349,7 +356,7 @@ def make_problem(
         costs=costs,
         indicators=usable,
         alpha=weight_of_weights,
-        terms=_terms(usable, given, costs, records, weight_of_weights),
+        terms=_terms(usable, given, costs, records, exact_alpha),
         budgets=(),
         restrictions=restrictions,
         latency_table=None,
@@ -366,7 +373,7 @@ def make_problem(
     )
     asked = make_budgets(costs, problem.columns, budgets, latency_table)
     problem = dataclasses.replace(problem, budgets=asked, latency_table=latency_table)
-    if not math.isfinite(sum(map(max, problem.values))):
+    if sum(map(max, problem.values)) >= 2**1024:
         raise ValueError(f"alpha {alpha} is too large for these indicators")
     return problem
 
@@ -376,8 +383,8 @@ def _terms(
     given: Mapping[str, tuple[set[int], set[int]]],
     costs: Costs,
     records: Sequence[NonMonotone],
-    alpha: float,
-) -> dict[str, dict[Pair, tuple[float, float]]]:
+    alpha: Fraction,
+) -> dict[str, dict[Pair, tuple[Fraction, Fraction]]]:
     """The terms of each pair of each layer, in the order of the costs, without forbidden bits."""
     forbidden = {(r.layer, r.kind, r.bits) for r in records if r.action == "forbidden"}
     by_name = {layer.name: layer for layer in indicators.layers}
@@ -388,12 +395,17 @@ def _terms(
             sorted(own | {b for b in indicators.bits if (layer.name, kind, b) not in forbidden})
             for kind, own in zip(("weight", "activation"), given[cost.name], strict=True)
         )
+        of_weights = {bits: alpha * _decimal(layer.weight.get(bits, 0.0)) for bits in weights}
+        of_inputs = {bits: _decimal(layer.activation.get(bits, 0.0)) for bits in activations}
         terms[cost.name] = {
-            (bw, ba): (layer.activation.get(ba, 0.0), alpha * layer.weight.get(bw, 0.0))
-            for bw in weights
-            for ba in activations
+            (bw, ba): (of_inputs[ba], of_weights[bw]) for bw in weights for ba in activations
         }
     return terms
+
+
+def _decimal(number: float) -> Fraction:
+    """A float as the decimal that it is written as."""
+    return Fraction(Decimal(repr(float(number))))
 
 
 def _check_names(indicators: Indicators, costs: Costs) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Stop = Literal["optimal", "tolerance", "gap", "time"]
+"""Why a search ended; `Solution` says what each means."""
+
 
 class NoSolutionError(ValueError):
     """The rows and links cannot be kept together, which was proven."""
@@ -57,8 +60,9 @@ class Solution:
         chosen: Index of the choice in each group.
         bound: No choice within the limits has a smaller sum of values, as was proven.
         solver: Name and version of the solver.
-        stopped_by: Why the search ended: ``"optimal"``, the answer is proven; ``"gap"``, it is
-            within the gap that was asked for; ``"time"``, the deadline passed.
+        stopped_by: Why the search ended: ``"optimal"``, the answer is proven in integers;
+            ``"tolerance"``, HiGHS says that it is optimal, which holds up to HiGHS's tolerance;
+            ``"gap"``, it is within the gap that was asked for; ``"time"``, the deadline passed.
         prices: Shadow price of each row in the relaxed program: by how much the sum of values
             falls for one unit more of the limit. 0 where the limit does not bind.
     """
@@ -66,7 +70,7 @@ class Solution:
     chosen: tuple[int, ...]
     bound: float
     solver: str
-    stopped_by: Literal["optimal", "gap", "time"]
+    stopped_by: Stop
     prices: tuple[float, ...]
 
 

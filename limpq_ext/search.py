@@ -105,9 +105,11 @@ def search(
 
     Returns:
         The policy, layers in the order of ``costs``. Its objective is summed from the chosen
-        indicators, its bound and gap are what HiGHS proved (to a relative 1e-9), and its budgets
-        were checked in exact integers: ``meta["check"]`` holds those. ``meta["stopped_by"]`` says
-        whether optimality, the gap or the time limit ended the search.
+        indicators, and its budgets were checked in exact integers: ``meta["check"]`` holds those.
+        ``meta["stopped_by"]`` says what ended the search: ``"optimal"``, the policy is proven
+        optimal in integers and its gap is 0; ``"tolerance"``, HiGHS calls it optimal, which holds
+        up to HiGHS's tolerance, and bound and gap allow for that; ``"gap"`` or ``"time"``, the gap
+        that was asked for or the time limit was reached.
 
     Raises:
         TypeError: If a budget, restriction or option has another type.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +30,7 @@ def sweep(
     width: int,
     exact: bool,
     deadline: float,
+    widths: Sequence[int] = (),
 ) -> tuple[PartialAnswers | None, float]:
     """Go through all answers of a value of up to ``target``, holding ``width`` partial ones.
 
@@ -37,7 +38,7 @@ def sweep(
 
     Args:
         layout: The columns.
-        table: Value, costs and tiebreaks of every column.
+        table: Value, costs, what rounding left of the value, and tiebreaks of every column.
         prices: Sets of prices at which the relaxation bounds a partial answer: first the best ones,
             last 0, which leaves the value itself.
         shifts: What makes the sum of each relaxation a bound of the value.
@@ -46,6 +47,7 @@ def sweep(
         width: How many may be held.
         exact: Whether the costs are not rounded.
         deadline: ``time.perf_counter()`` at which to give up.
+        widths: Bits of each part of what rounding left of the value, the highest first.
 
     Returns:
         The answers, None if there is none, and a bound of those that were dropped.
@@ -65,7 +67,7 @@ def sweep(
             return None, math.inf
         layout = reduced
         table, tests = table[:, kept], tests[:, kept]
-    partial = PartialAnswers(layout, tests, bounds, shifts, table[costs.stop :])
+    partial = PartialAnswers(layout, tests, bounds, shifts, table[costs.stop :], widths)
     dropped = math.inf
     for level in partial.levels(prices[0]):
         if not partial.states.shape[1]:
@@ -108,7 +110,8 @@ class PartialAnswers:
         bounds: Their bounds.
         shifts: What makes the sum of each relaxation a bound of the value. The first tests are the
             relaxations, the last of them the value itself; the others are the costs.
-        ties: The tiebreaks of every column.
+        ties: What rounding left of the value of every column, and its tiebreaks.
+        widths: Bits of each part of what rounding left, the highest first.
 
     Attributes:
         states: Tests and tiebreaks (rows) of every partial answer (columns).
@@ -121,8 +124,10 @@ class PartialAnswers:
         bounds: np.ndarray,
         shifts: np.ndarray,
         ties: np.ndarray,
+        widths: Sequence[int] = (),
     ) -> None:
         self._layout, self._bounds, self._shifts = layout, bounds, shifts
+        self._widths = widths
         self._table = np.concatenate((tests, ties))
         self._cells, _, self._blocks = layout.minima(tests)
         cell_blocks = layout.block[layout.option]
@@ -222,8 +227,9 @@ class PartialAnswers:
 
     def _different(self, states: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The first by the tiebreaks of those that agree in value, costs and option."""
-        settled = states[len(self._shifts) - 1 : len(self._bounds)]  # the value and the costs
-        ties = states[len(self._bounds) :]
+        rest = len(self._bounds) + len(self._widths)
+        settled = states[len(self._shifts) - 1 : rest]  # the value, the costs, the value's rest
+        ties = states[rest:]
         values = np.sort(settled[0])
         if (values[1:] != values[:-1]).all():
             return np.arange(len(values))
@@ -232,12 +238,24 @@ class PartialAnswers:
         new = np.concatenate(([True], (keys[:, 1:] != keys[:, :-1]).any(axis=0)))
         return np.sort(order[new])
 
-    def answers(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Value and the columns' sources of every answer, the best by value and tiebreaks first."""
-        values, ties = self.states[len(self._shifts) - 1], self.states[len(self._bounds) :]
-        for index in np.lexsort((*ties[::-1], values)):
+    def answers(self) -> Iterator[np.ndarray]:
+        """The columns' sources of every answer, the best by exact value and tiebreaks first."""
+        tests = len(self._bounds)
+        ties = self.states[tests + len(self._widths) :]
+        for index in np.lexsort((*ties[::-1], *self._exact_values()[::-1])):
             columns, place = [self._fixed], index
             for parents, added in reversed(self._trail):
                 columns.append(added[[place]])
                 place = parents[place]
-            yield float(values[index]), self._layout.source[np.concatenate(columns)]
+            yield self._layout.source[np.concatenate(columns)]
+
+    def _exact_values(self) -> list[np.ndarray]:
+        """The values as integers in parts, the highest first, after the carries between them."""
+        first = len(self._bounds)
+        parts = self.states[first : first + len(self._widths)].astype(np.int64)
+        exact, carry = [], np.zeros(self.states.shape[1], dtype=np.int64)
+        for part, width in zip(parts[::-1], self._widths[::-1], strict=True):
+            carry = carry + part
+            exact.append(carry & ((1 << width) - 1))
+            carry = carry >> width
+        return [self.states[len(self._shifts) - 1].astype(np.int64) + carry, *exact[::-1]]
