@@ -309,7 +309,7 @@ def test_the_objective_is_the_one_of_cbc(seed):
     )
     assert all_kept(rows, [], solution.chosen)
     assert total(values, solution.chosen) == pytest.approx(total(values, theirs), rel=1e-9)
-    assert solution.stopped_by == "optimal"
+    assert solution.stopped_by in ("optimal", "tolerance")  # four tight rows may be left to HiGHS
 
 
 # -------------------------------------------------------------------------- limits, gaps, deadlines
