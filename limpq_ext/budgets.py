@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -186,6 +186,7 @@ class Measure:
         costs: For each sum, the cost of (place of a searchable layer, its bits).
         per_unit: Whole units in one of the user's units.
         inverse: The user's value is ``per_unit`` divided by the use, and larger is stricter.
+        places: For each sum, the places of the layers that it depends on; empty: of all in all.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Measure:
     costs: tuple[Callable[[int, Pair], int], ...]
     per_unit: int = 1
     inverse: bool = False
+    places: tuple[tuple[int, ...], ...] = ()
 
     def use(self, pairs: Sequence[Pair]) -> int:
         """What a policy uses, in whole units.
@@ -202,8 +204,8 @@ class Measure:
             pairs: Weight and activation bits of the searchable layers, in the costs' order.
         """
         return max(
-            constant + sum(cost(place, pair) for place, pair in enumerate(pairs))
-            for constant, cost in zip(self.constants, self.costs, strict=True)
+            constant + sum(cost(place, pairs[place]) for place in places)
+            for constant, cost, places in self._sums(len(pairs))
         )
 
     def rows(self, columns: Sequence[Sequence[Pair]], limit: int | None) -> list[Row]:
@@ -213,11 +215,19 @@ class Measure:
         such a limit.
         """
         rows = []
-        for constant, cost in zip(self.constants, self.costs, strict=True):
-            table = [[cost(place, pair) for pair in layer] for place, layer in enumerate(columns)]
-            most = sum(map(max, table))
+        nothing = [[0] * len(layer) for layer in columns]
+        for constant, cost, places in self._sums(len(columns)):
+            table = list(nothing)
+            for place in places:
+                table[place] = [cost(place, pair) for pair in columns[place]]
+            most = sum(max(table[place]) for place in places)
             rows.append(Row(table, most if limit is None else min(limit - constant, most)))
         return rows
+
+    def _sums(self, layers: int) -> Iterator[tuple[int, Callable[[int, Pair], int], Sequence[int]]]:
+        """Each sum: its constant, its costs, and the places that it depends on."""
+        places = self.places or (range(layers),) * len(self.costs)
+        return zip(self.constants, self.costs, places, strict=True)
 
     def whole(self, value: Fraction) -> int:
         """The most whole units that a limit in the user's units allows."""
@@ -413,20 +423,17 @@ def _activation_memory(costs: Costs) -> Measure:
     if not costs.tensors:
         raise ValueError("activation_memory: the costs have no tensors: profile the network again")
     places = {layer.name: place for place, layer in enumerate(costs.layers)}
-    moments: list[dict[int | None, int]] = [
-        {} for _ in range(1 + max(tensor.last for tensor in costs.tensors))
-    ]
-    for tensor in costs.tensors:
-        place = None if tensor.layer is None else places.get(tensor.layer)  # None: constant bits
-        bits = 1
-        if place is None:
-            bits = FLOAT_BITS if tensor.layer is None else costs.fixed_bits
-        for moment in moments[tensor.first : tensor.last + 1]:
-            moment[place] = moment.get(place, 0) + tensor.elements * bits
     peaks: list[dict[int | None, int]] = []
-    for moment in moments:
-        if not any(_within(moment, peak) for peak in peaks):
-            peaks = [peak for peak in peaks if not _within(peak, moment)] + [moment]
+    for tensors in costs.held():
+        peak: dict[int | None, int] = {}
+        for tensor in tensors:
+            place = None if tensor.layer is None else places.get(tensor.layer)  # None: constant
+            bits = 1
+            if place is None:
+                bits = FLOAT_BITS if tensor.layer is None else costs.fixed_bits
+            peak[place] = peak.get(place, 0) + tensor.elements * bits
+        if not any(_within(peak, other) for other in peaks):
+            peaks = [other for other in peaks if not _within(other, peak)] + [peak]
 
     def cost_at(peak: dict[int | None, int]) -> Callable[[int, Pair], int]:
         return lambda place, pair: peak.get(place, 0) * pair[1]
@@ -437,11 +444,12 @@ def _activation_memory(costs: Costs) -> Measure:
         tuple(peak.get(None, 0) for peak in peaks),
         tuple(map(cost_at, peaks)),
         8,
+        places=tuple(tuple(place for place in peak if place is not None) for peak in peaks),
     )
 
 
 def _within(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> bool:
-    return all(count <= other.get(place, 0) for place, count in one.items())
+    return one.keys() <= other.keys() and all(count <= other[at] for at, count in one.items())
 
 
 def _latency(costs: Costs, table: LatencyTable) -> Measure:

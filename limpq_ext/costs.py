@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,12 +240,28 @@ class Costs:
         if not self.tensors:
             raise ValueError("the costs have no tensors: profile the network again")
         fixed = (self.fixed_bits, self.fixed_bits)
-        held = [0] * (1 + max(tensor.last for tensor in self.tensors))
-        for tensor in self.tensors:
-            bits = FLOAT_BITS if tensor.layer is None else assignment.get(tensor.layer, fixed)[1]
-            for moment in range(tensor.first, tensor.last + 1):
-                held[moment] += tensor.elements * bits
-        return max(held)
+
+        def bits(tensor: LiveTensor) -> int:
+            return FLOAT_BITS if tensor.layer is None else assignment.get(tensor.layer, fixed)[1]
+
+        return max(sum(t.elements * bits(t) for t in tensors) for tensors in self.held())
+
+    def held(self) -> tuple[tuple[LiveTensor, ...], ...]:
+        """The tensors that are held together, at each moment at which no more are held next.
+
+        Whatever their bits, the peak of the activation memory is at one of these moments. Time and
+        memory depend on how many tensors there are, and not on how long they are held.
+        """
+        held: list[LiveTensor] = []
+        found = []
+        starting = sorted(self.tensors, key=lambda tensor: tensor.first)
+        for place, tensor in enumerate(starting):
+            held.append(tensor)
+            later = starting[place + 1].first if place + 1 < len(starting) else math.inf
+            if any(other.last < later for other in held):
+                found.append(tuple(held))
+                held = [other for other in held if other.last >= later]
+        return tuple(found)
 
     def _check_names(self, assignment: Mapping[str, tuple[int, int]]) -> None:
         for layer in self.layers:

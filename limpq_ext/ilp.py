@@ -346,7 +346,7 @@ class _Task:
         self._raise_lower(floor - self._margins(best_prices[None])[0])
         if self.lower > program._most:
             raise NoSolutionError("the rows cannot be kept together")
-        self._prices = around(best_prices)
+        self._prices = around(best_prices, program._cuts.most_costs)
         self._round()
         if program._loose:
             return self._finer_or_branch()
@@ -438,7 +438,9 @@ class _Task:
         program = self._program
         penalties = 10 * self._prices[0] + program._most / np.maximum(program._cuts.most_costs, 1.0)
         table = program._columns[: 1 + len(self._limits)]
-        sources = rounded(program._layout, table, self._prices[0], self._room, penalties)
+        sources = rounded(
+            program._layout, table, self._prices[0], self._room, penalties, self._deadline
+        )
         self.offer(program.choices(sources))
 
     def _priced(self) -> np.ndarray:

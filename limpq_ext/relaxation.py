@@ -15,6 +15,9 @@ from limpq_ext.mip import silent_highs
 EXCHANGED: Final = 200
 """Choices among which the best exchange of two is looked for."""
 
+VARIED: Final = 12
+"""Prices that are varied at most."""
+
 
 class CuttingPlanes:
     """Maximises L of `limpq_ext.ilp`.
@@ -97,12 +100,20 @@ class CuttingPlanes:
         return float(solution[0] - solution[1:] @ room), np.maximum(solution[1:], 0.0)
 
 
-def around(prices: np.ndarray) -> np.ndarray:
+def around(prices: np.ndarray, costs: np.ndarray) -> np.ndarray:
     """The best prices, which come first, and some around them.
 
     The best prices bound the whole, others are better for what is still open in a partial answer.
+
+    Args:
+        prices: The best prices.
+        costs: What each row's dearest choices cost together: of many rows those that weigh most
+            are varied.
     """
+    worth = prices * costs
     which = np.flatnonzero(prices > 0)
+    if len(which) > VARIED:
+        which = np.sort(which[np.argsort(-worth[which], kind="stable")[:VARIED]])
     binding = len(which)
     if binding > 3:  # all combinations would be too many
         one_each = [
@@ -122,11 +133,12 @@ def rounded(
     prices: np.ndarray,
     room: np.ndarray,
     penalties: np.ndarray,
+    deadline: float,
 ) -> np.ndarray:
     """Round the relaxed answer, and exchange the choices of up to two groups at a time.
 
-    Of all pairs of the choices that are nearest to the relaxed answer the best one is made, until
-    none is better. Breaking a row counts so much that it soon ends.
+    Of all choices, and pairs of them, that are nearest to the relaxed answer and not taken the best
+    one is made, until none is better. Breaking a row counts so much that it soon ends.
 
     Args:
         layout: The columns.
@@ -134,6 +146,7 @@ def rounded(
         prices: The best prices.
         room: The limits of the costs.
         penalties: What a unit above each limit counts.
+        deadline: ``time.perf_counter()`` at which to return what is there.
 
     Returns:
         The sources of the columns that are taken. They may break rows.
@@ -143,23 +156,31 @@ def rounded(
     taken = np.empty_like(cheapest)
     taken[layout.group[layout.cell[cheapest]]] = cheapest
     above, _ = layout.above(columns)
-    most = min(EXCHANGED, 4 * len(taken))
-    near = np.sort(np.argsort(above, kind="stable")[:most])
-    groups = layout.group[layout.cell[near]]
-    apart = groups[:, None] != groups
-    apart &= np.isin(layout.option[layout.cell[near]], layout.option[layout.cell[taken]])
-    apart &= apart.T
+    options = layout.option[layout.cell]
+    own = np.isin(options, options[taken])  # the options of linked groups are not exchanged
+    nearness = np.argsort(np.where(own, above, math.inf), kind="stable")[: own.sum()]
 
-    def merit(sums: np.ndarray) -> np.ndarray:
-        excess = np.maximum(sums[1:].T - room, 0.0)
-        return sums[0] + (excess @ penalties).T
-
-    while True:
-        sums = table[:, taken].sum(axis=1)
-        change = table[:, near] - table[:, taken[groups]]
-        merits = merit(sums[:, None, None] + change[:, :, None] + change[:, None, :])
-        best = np.argmin(np.where(apart, merits, math.inf))
-        if not merits.flat[best] < merit(sums):
-            return layout.source[taken]
-        pair = list(np.unravel_index(best, merits.shape))
-        taken[groups[pair]] = near[pair]
+    while time.perf_counter() < deadline:
+        near = nearness[~np.isin(nearness, taken)][: min(EXCHANGED, 4 * len(taken))]
+        groups = layout.group[layout.cell[near]]
+        # the last candidate leaves everything, so that one group alone may change
+        change = np.zeros((len(table), len(near) + 1))
+        change[:, :-1] = table[:, near] - table[:, taken[groups]]
+        merits = change[0][:, None] + change[0]
+        sums = table[1:, taken].sum(axis=1)
+        now = 0.0
+        for row, (used, limit, penalty) in enumerate(zip(sums, room, penalties, strict=True), 1):
+            now += penalty * max(used - limit, 0.0)
+            if used + 2 * change[row].max() > limit:  # one matrix at a time, however many rows
+                excess = change[row][:, None] + change[row]
+                excess += used - limit
+                merits += penalty * np.maximum(excess, 0.0, out=excess)
+        which = np.append(groups, -1)
+        merits[which[:, None] == which] = math.inf
+        best = np.argmin(merits)
+        if not merits.flat[best] < now:
+            break
+        for place in np.unravel_index(best, merits.shape):
+            if place < len(near):
+                taken[groups[place]] = near[place]
+    return layout.source[taken]

@@ -12,6 +12,9 @@ import numpy as np
 
 from limpq_ext.columns import Layout, firsts
 
+MOST_BYTES: Final = 2**29
+"""What the partial answers may take, about; where they would take more, fewer are held."""
+
 FEW: Final = 500
 """Where no more choices are left HiGHS takes over after sweeps of `PROOF_WIDTH`."""
 
@@ -200,30 +203,51 @@ class PartialAnswers:
             passed &= (self.states[:tests][some, None] <= most[some, :, None]).all(axis=0)
         # column by column: one index into all rows of a large array at once takes ten times as long
         parts = [np.flatnonzero(each) for each in passed]
-        states = np.concatenate(
-            [
-                self.states.take(part, axis=1, mode="clip") + columns[:, which, None]
-                for which, part in enumerate(parts)
-            ],
-            axis=1,
-        )
-        parents = np.concatenate(parts)
-        which = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        dropped, kept = math.inf, np.arange(len(parents))
-        if len(kept) > width and exact:
-            kept = self._different(states, level.options[which])
-        if len(kept) > width:
-            labels = level.options[which] if level.rest.shape[1] > 1 else np.zeros_like(which)
-            bound = states[: len(self._shifts)] + self._shifts[:, None]
-            bound = (bound + level.rest[: len(self._shifts)].take(labels, axis=1)).max(axis=0)
-            order = np.argpartition(bound[kept], width)
-            dropped = float(bound[kept[order[width]]])
-            kept = np.sort(kept[order[:width]])
-        if len(kept) < len(parents):
-            states, parents, which = states.take(kept, axis=1), parents[kept], which[kept]
+        room = MOST_BYTES // (8 * len(self._table))  # states that may be there at once
+        width = max(1, min(width, room // 2))
+        states, parents, which = self._none()
+        dropped = math.inf
+        waiting: list[int] = []
+        for column, part in enumerate(parts):
+            waiting.append(column)
+            count = len(parents) + sum(len(parts[each]) for each in waiting)
+            if column + 1 < len(parts) and count + len(parts[column + 1]) <= room:
+                continue
+            made = [
+                self.states.take(parts[each], axis=1, mode="clip") + columns[:, each, None]
+                for each in waiting
+            ]
+            states = np.concatenate([states, *made], axis=1)
+            parents = np.concatenate([parents, *(parts[each] for each in waiting)])
+            lengths = [len(parts[each]) for each in waiting]
+            which = np.concatenate((which, np.repeat(waiting, lengths)))
+            waiting = []
+            kept = np.arange(len(parents))
+            if len(kept) > width and exact:
+                kept = self._different(states, level.options[which])
+            if len(kept) > width:
+                kept, least = self._best(states, level, which, kept, width)
+                dropped = min(dropped, least)
+            if len(kept) < len(parents):
+                states, parents, which = states.take(kept, axis=1), parents[kept], which[kept]
         self.states, self._labels = states, level.options[which]
         self._trail.append((parents, level.columns[which]))
         return dropped
+
+    def _none(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """No states, their parents, and their columns."""
+        nothing = np.zeros(0, dtype=int)
+        return np.empty((len(self._table), 0)), nothing, nothing
+
+    def _best(
+        self, states: np.ndarray, level: _Level, which: np.ndarray, kept: np.ndarray, width: int
+    ) -> tuple[np.ndarray, float]:
+        """The ``width`` most promising of the states that are kept; the least bound of the others."""
+        labels = level.options[which] if level.rest.shape[1] > 1 else np.zeros_like(which)
+        bound = states[: len(self._shifts)] + self._shifts[:, None]
+        bound = (bound + level.rest[: len(self._shifts)].take(labels, axis=1)).max(axis=0)
+        order = np.argpartition(bound[kept], width)
+        return np.sort(kept[order[:width]]), float(bound[kept[order[width]]])
 
     def _different(self, states: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The first by the tiebreaks of those that agree in value, costs and option."""
