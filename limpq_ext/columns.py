@@ -6,13 +6,17 @@ Whatever the limits, the columns are the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
 from limpq_ext.rows import Link, NoSolutionError
+
+Item = TypeVar("Item")
 
 MOST_TUPLES: Final = 2048
 """So many combinations of labels may a set of linked groups have; above that HiGHS takes over."""
@@ -149,6 +153,14 @@ class Layout:
         return layout, kept
 
 
+def in_time(items: Iterable[Item], deadline: float) -> Iterator[Item]:
+    """The items, with a TimeoutError once a deadline of ``time.perf_counter()`` passed."""
+    for item in items:
+        if time.perf_counter() > deadline:
+            raise TimeoutError("no policy was found within the time limit")
+        yield item
+
+
 def firsts(sorted_ids: np.ndarray) -> np.ndarray:
     """Where each run of equal numbers begins."""
     return np.flatnonzero(np.concatenate(([True], sorted_ids[1:] != sorted_ids[:-1])))
@@ -171,6 +183,7 @@ def undominated(
     tiebreaks: Sequence[WholeTable],
     links: Sequence[Link],
     starts: np.ndarray,
+    deadline: float = math.inf,
 ) -> np.ndarray:
     """The choices that no other one of their group, with the same labels, beats.
 
@@ -195,7 +208,7 @@ def undominated(
         for first in range(0, len(groups), batch):
             some = starts[groups[first : first + batch], None] + np.arange(size)
             beats = rank[some][:, :, None] < rank[some][:, None, :]
-            for cost in costs:
+            for cost in in_time(costs, deadline):
                 beats &= cost[some][:, :, None] <= cost[some][:, None, :]
             kept[some] = ~beats.any(axis=1)
     return np.flatnonzero(kept)

@@ -36,7 +36,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from limpq_ext.columns import Layout, WholeTable, by_group, lay_out, undominated
+from limpq_ext.columns import Layout, WholeTable, by_group, in_time, lay_out, undominated
 from limpq_ext.extras import require
 from limpq_ext.mip import TOLERANCE, Mip
 from limpq_ext.relaxation import CuttingPlanes, around, rounded
@@ -132,7 +132,10 @@ class Program:
             the first table is taken, of those that are equal in it too the one with the smallest
             sum of the second, and so on.
 
+        deadline: ``time.perf_counter()`` at which to give up what is not built yet.
+
     Raises:
+        TimeoutError: If the deadline passed.
         ValueError: If there is no group, a group has no choice, a value is not finite, or a row,
             link or tiebreak is of another shape than the values.
         NoSolutionError: If the links cannot be kept together.
@@ -146,6 +149,7 @@ class Program:
         *,
         links: Sequence[Link] = (),
         tiebreaks: Sequence[list[list[int]]] = (),
+        deadline: float = math.inf,
     ) -> None:
         highspy: Any = require("highspy", "search")
         sizes = [len(group) for group in values]
@@ -166,12 +170,17 @@ class Program:
         self._whole = WholeTable(units, self._starts)
         self._base = Fraction(self._whole.base, denominator)
         self._unit = Fraction(self._whole.unit, denominator)
-        self._whole_rows = [WholeTable(row.costs, self._starts) for row in rows]
+        self._whole_rows = [WholeTable(row.costs, self._starts) for row in in_time(rows, deadline)]
         whole_ties = [WholeTable(table, self._starts) for table in tiebreaks]
         self._exact = all(row.exact for row in self._whole_rows)
         self._exact_ties = all(ties.exact for ties in whole_ties)
         kept = undominated(
-            self._whole.comparable, self._whole_rows, whole_ties, self._links, self._starts
+            self._whole.comparable,
+            self._whole_rows,
+            whole_ties,
+            self._links,
+            self._starts,
+            deadline,
         )
         self._layout, self._loose = lay_out(kept, self._starts, self._links)
         # of every column: value, costs, what rounding left of the value, tiebreaks
@@ -520,7 +529,8 @@ class _Task:
         sources = by_group(np.unique(self._left().source), program._starts)
         left = zip(sources, program._starts[:-1], strict=True)
         mip = Mip([(some - first).tolist() for some, first in left], program._links)
-        for row, limit in zip(program._rows, self._limits, strict=True):
+        limits = zip(program._rows, self._limits, strict=True)
+        for row, limit in in_time(limits, self._deadline):
             mip.add(Row(row.costs, limit))
         ends = itertools.pairwise(program._starts.tolist())
         units = [program._whole.above[first:end].tolist() for first, end in ends]

@@ -170,16 +170,22 @@ class Problem:
         Raises:
             NoSolutionError: If the layers that are tied cannot agree.
         """
+        return self._program(math.inf)
+
+    def _program(self, deadline: float) -> Program:
+        """The same, with a TimeoutError where it is not there by then."""
         layers = list(zip(self.costs.layers, self.columns, strict=True))
         bitops = [[layer.macs * bw * ba for bw, ba in pairs] for layer, pairs in layers]
         sizes = [[layer.weights * bw for bw, _ in pairs] for layer, pairs in layers]
-        return Program(self.values, self.rows, links=self.links, tiebreaks=(bitops, sizes))
+        ties = (bitops, sizes)
+        return Program(self.values, self.rows, links=self.links, tiebreaks=ties, deadline=deadline)
 
-    def solve(self, *, start: Sequence[Pair] | None = None) -> Solution:
+    def solve(self, *, start: Sequence[Pair] | None = None, began: float | None = None) -> Solution:
         """Solve it within its time limit.
 
         Args:
             start: Bits of the searchable layers to start from.
+            began: ``time.perf_counter()`` from which the time limit counts; None: from now.
 
         Raises:
             ContradictionError: If restrictions leave a layer no bits.
@@ -187,8 +193,11 @@ class Problem:
             TimeoutError: If the time limit passed before there was a policy.
             RuntimeError: If HiGHS fails.
         """
-        return self.program.solve(
-            gap=self.gap, deadline=self.deadline(), start=self.places(start) if start else None
+        deadline = self.deadline() if began is None else began + self.time_limit
+        program = self.__dict__.get("program") or self._program(deadline)
+        self.__dict__["program"] = program
+        return program.solve(
+            gap=self.gap, deadline=deadline, start=self.places(start) if start else None
         )
 
     def deadline(self) -> float:

@@ -99,7 +99,8 @@ def search(
         normalise: Search with `Indicators.normalised` instead of LIMPQ's plain sum.
         non_monotone: What to do with indicators that do not fall as bits grow, see
             `Indicators.monotone`; what was done stands in ``meta["non_monotone_records"]``.
-        time_limit: Most seconds to solve for; the best policy found until then is returned.
+        time_limit: Most seconds that the search takes, what it prepares included; the best policy
+            found until then is returned. Finding out why there is no policy takes as long again.
         gap: Relative gap at which to stop early; 0 proves optimality. None: 0 for up to 200
             searchable layers, 1e-6 for more.
 
@@ -149,7 +150,7 @@ def search(
         gap=gap,
     )
     try:
-        solution = problem.solve()
+        solution = problem.solve(began=start)
     except NoSolutionError:
         raise why_infeasible(problem) from None
     return problem.policy(solution, seconds=time.perf_counter() - start)

@@ -208,7 +208,7 @@ class PartialAnswers:
         states, parents, which = self._none()
         dropped = math.inf
         waiting: list[int] = []
-        for column, part in enumerate(parts):
+        for column in range(len(parts)):
             waiting.append(column)
             count = len(parents) + sum(len(parts[each]) for each in waiting)
             if column + 1 < len(parts) and count + len(parts[column + 1]) <= room:
@@ -242,7 +242,7 @@ class PartialAnswers:
     def _best(
         self, states: np.ndarray, level: _Level, which: np.ndarray, kept: np.ndarray, width: int
     ) -> tuple[np.ndarray, float]:
-        """The ``width`` most promising of the states that are kept; the least bound of the others."""
+        """The ``width`` most promising of those that are kept; the least bound of the others."""
         labels = level.options[which] if level.rest.shape[1] > 1 else np.zeros_like(which)
         bound = states[: len(self._shifts)] + self._shifts[:, None]
         bound = (bound + level.rest[: len(self._shifts)].take(labels, axis=1)).max(axis=0)
