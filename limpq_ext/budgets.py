@@ -8,6 +8,7 @@ all costs are integers in these units.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import re
@@ -29,6 +30,7 @@ Pair = tuple[int, int]
 BUDGETS: Final = (
     "bitops",
     "size",
+    "total_size",
     "compression",
     "mean_weight_bits",
     "mean_activation_bits",
@@ -81,7 +83,8 @@ class ShareOf8Bit:
         exact_number("share of 8 bits", self.share)
 
 
-Asked = Number | UniformLevel | ShareOf8Bit
+Asked = Number | UniformLevel | ShareOf8Bit | str
+"""A limit; a string is read by `parse_budget`."""
 
 
 def uniform(weight_bits: int, activation_bits: int) -> UniformLevel:
@@ -299,6 +302,10 @@ def make_budgets(
         ValueError: If a limit is not positive and finite, or the network has nothing of what it
             limits, or the latency table is not there, not asked for or has holes.
     """
+    asked = {
+        name: parse_budget(name, value) if isinstance(value, str) else value
+        for name, value in asked.items()
+    }
     for name, value in asked.items():
         if value is not None and not isinstance(value, (UniformLevel, ShareOf8Bit)):
             exact_number(name, value)
@@ -340,6 +347,8 @@ def exact_limit(
         TypeError: If the value is none of these.
         ValueError: If it is not positive and finite, or cannot be counted.
     """
+    if isinstance(value, str):
+        value = parse_budget(measure.name, value)
     if isinstance(value, ShareOf8Bit):
         if measure.inverse:
             raise ValueError(
@@ -387,6 +396,9 @@ def make_measure(name: str, costs: Costs, latency_table: LatencyTable | None = N
         )
     if name == "size":
         return Measure(name, "bits of all weights", (fixed,), (bits_of_weights,), 8)
+    if name == "total_size":
+        outside = FLOAT_BITS * costs.parameters_in_float()
+        return Measure(name, "bits of all parameters", (fixed + outside,), (bits_of_weights,), 8)
     if name == "compression":
         everything = FLOAT_BITS * costs.all_weights
         if not everything:
@@ -452,9 +464,41 @@ def _within(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> b
     return one.keys() <= other.keys() and all(count <= other[at] for at, count in one.items())
 
 
+_WORDS: Final = {
+    "bitops": "BitOps",
+    "size": "bytes",
+    "total_size": "bytes",
+    "compression": "times smaller",
+    "activation_memory": "bytes",
+}
+_TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_BYTES: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
+
+
+def in_words(name: str, value: int | float) -> str:
+    """A limit or use with its unit, times in the unit that suits them.
+
+    Args:
+        name: Name of the budget.
+        value: The limit or the use, in the budget's unit (seconds for a latency).
+
+    Returns:
+        For example ``1,234 bytes (1.234 KB)``, where 1 KB is 1000 bytes, or ``2.5 ms``.
+    """
+    if name == "latency":
+        scale, unit = next((pair for pair in _TIMES if abs(value) >= pair[0]), _TIMES[0])
+        return f"{value / scale:,.6g} {unit}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    unit = _WORDS.get(name, "bits")
+    large = next((pair for pair in _BYTES if value >= pair[0]), None) if unit == "bytes" else None
+    more = f" ({value / large[0]:,.4g} {large[1]})" if large else ""
+    return f"{text} {unit}{more}"
+
+
 def _latency(costs: Costs, table: LatencyTable) -> Measure:
-    """Seconds as integers, in the largest unit in which all entries are whole."""
-    per_second = table.per_second
+    """Seconds as integers, in the largest of ms, µs, ns, ... in which all entries are whole."""
+    power = next(k for k in itertools.count(0, 3) if 10**k % table.per_second == 0)
+    per_second = 10**power
     searchable = [layer.name for layer in costs.layers]
     fixed = (costs.fixed_bits, costs.fixed_bits)
 
@@ -464,7 +508,7 @@ def _latency(costs: Costs, table: LatencyTable) -> Measure:
     known = (table.seconds.get((layer.name, *fixed), Fraction(0)) for layer in costs.fixed)
     return Measure(
         "latency",
-        f"1/{per_second} s",
+        dict(enumerate(("s", "ms", "µs", "ns", "ps", "fs"))).get(power // 3, f"1e-{power} s"),
         (int(sum(known, Fraction(0)) * per_second),),
         (cost,),
         per_second,

@@ -74,7 +74,12 @@ CostsOption = Annotated[Path | None, typer.Option(help="Cost file of `limpq prof
 BitopsOption = Annotated[
     str | None, typer.Option(help="Most BitOps of the searchable layers, per image.")
 ]
-SizeOption = Annotated[str | None, typer.Option(help="Most bytes of all weights.")]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Most bytes of the weights of searchable and fixed layers.")
+]
+TotalSizeOption = Annotated[
+    str | None, typer.Option(help="Most bytes of the whole network, what stays in float32 too.")
+]
 CompressionOption = Annotated[
     str | None, typer.Option(help="Least ratio of 32-bit weights to the policy's.")
 ]
@@ -330,6 +335,7 @@ def search(
     activation_bits_level: Annotated[int | None, typer.Option(help="See above.")] = None,
     bitops: BitopsOption = None,
     size: SizeOption = None,
+    total_size: TotalSizeOption = None,
     compression: CompressionOption = None,
     mean_weight_bits: MeanWeightBitsOption = None,
     mean_activation_bits: MeanActivationBitsOption = None,
@@ -379,6 +385,7 @@ def search(
         {
             "bitops": bitops,
             "size": size,
+            "total_size": total_size,
             "compression": compression,
             "mean_weight_bits": mean_weight_bits,
             "mean_activation_bits": mean_activation_bits,
@@ -425,6 +432,7 @@ def pareto(
     ] = None,
     bitops: BitopsOption = None,
     size: SizeOption = None,
+    total_size: TotalSizeOption = None,
     compression: CompressionOption = None,
     mean_weight_bits: MeanWeightBitsOption = None,
     mean_activation_bits: MeanActivationBitsOption = None,
@@ -467,6 +475,7 @@ def pareto(
         {
             "bitops": bitops,
             "size": size,
+            "total_size": total_size,
             "compression": compression,
             "mean_weight_bits": mean_weight_bits,
             "mean_activation_bits": mean_activation_bits,
@@ -959,6 +968,8 @@ def _write(path: Path, force: bool, save: Callable[[Path], object]) -> None:
 
 
 def _print_policy(policy: Policy, costs: Costs) -> None:
+    from .budgets import in_words
+
     names = [layer.name for layer in policy.layers]
     width = max(map(len, ["layer", *names]))
     _say(f"{'layer':<{width}}  weight bits  activation bits")
@@ -972,17 +983,21 @@ def _print_policy(policy: Policy, costs: Costs) -> None:
     )
     bits = policy.bits()
     for budget in policy.budgets:
-        _say(f"{budget.name}: {budget.used:,.6g} used, limit {budget.limit:,.6g}")
+        used, limit = (in_words(budget.name, value) for value in (budget.used, budget.limit))
+        _say(f"{budget.name}: {used} used, limit {limit}")
     for check in policy.meta["check"]:
         kept = "kept" if check["used"] <= check["limit"] else "BROKEN"
         _say(
             f"checked in integers: {check['name']} {check['used']:,} <= {check['limit']:,}"
             f" {check['unit']}: {kept}"
         )
-    _say(
-        f"BitOps {costs.bitops(bits) / 1e9:.3f} G, weights {costs.size_bits(bits) / 8e3:.1f} KB,"
-        f" compression {float(costs.compression(bits)):.2f}"
-    )
+    _say(f"BitOps {costs.bitops(bits) / 1e9:.3f} G")
+    sizes = costs.sizes(bits)
+    for title, prefix in (("quantized layers", ""), ("whole network", "total_")):
+        size, ratio = sizes[f"{prefix}size"], sizes[f"{prefix}compression"]
+        if size is not None:
+            smaller = "" if ratio is None else f", {ratio:.2f} times smaller than in float32"
+            _say(f"{title}: {size / 1e3:,.1f} KB{smaller}")
 
 
 def _print_report(report: RunReport) -> None:

@@ -96,6 +96,10 @@ class Costs:
         shared_inputs: Groups of two or more layers that read one and the same tensor, also in
             another shape; an element-wise function makes another tensor.
         tensors: What is held between the layers, for `activation_memory_bits`; empty: not known.
+        parameters: Elements of all parameters of the float network, each counted once however many
+            modules share it; None: not known.
+        float_parameters: Elements of those that stay in float32: embeddings, normalisations,
+            biases, excluded layers, each counted once; None: not known.
 
     Raises:
         TypeError: If a count is not an integer.
@@ -111,6 +115,8 @@ class Costs:
     fixed_bits: int = FIXED_BITS
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     tensors: tuple[LiveTensor, ...] = ()
+    parameters: int | None = None
+    float_parameters: int | None = None
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
 
@@ -133,6 +139,12 @@ class Costs:
                     raise ValueError(
                         f"layer {layer.name!r}: {what} is {shown(count)}, expected 0 to {MOST}"
                     )
+        for what in ("parameters", "float_parameters"):
+            count = getattr(self, what)
+            if count is not None and type(count) is not int:
+                raise TypeError(f"costs: {what} must be an int, got {count!r}")
+            if count is not None and not 0 <= count <= MOST:
+                raise ValueError(f"costs: {what} is {shown(count)}, expected 0 to {MOST}")
         object.__setattr__(self, "shared_inputs", tuple(map(tuple, self.shared_inputs)))
         object.__setattr__(self, "tensors", tuple(self.tensors))
         for group in self.shared_inputs:
@@ -204,6 +216,57 @@ class Costs:
         """
         size = self.size_bits(assignment)
         return Fraction(FLOAT_BITS * self.all_weights, size) if size else Fraction(1)
+
+    def parameters_in_float(self) -> int:
+        """Elements of the parameters that stay in float32.
+
+        Raises:
+            ValueError: If the costs do not say.
+        """
+        if self.float_parameters is None:
+            raise ValueError(
+                "the costs do not say which parameters stay in float: profile the network again"
+            )
+        return self.float_parameters
+
+    def total_size_bits(self, assignment: Mapping[str, tuple[int, int]]) -> int:
+        """Size in bits of the whole network: `size_bits`, and all else in float32.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            The size in bits, exactly.
+
+        Raises:
+            ValueError: If the costs do not say which parameters stay in float.
+        """
+        return self.size_bits(assignment) + FLOAT_BITS * self.parameters_in_float()
+
+    def sizes(self, assignment: Mapping[str, tuple[int, int]]) -> dict[str, float | None]:
+        """Sizes in bytes and compression, of the quantized layers and of the whole network.
+
+        Args:
+            assignment: Name -> (weight bits, activation bits).
+
+        Returns:
+            ``size`` and ``compression`` as LIMPQ counts them, of the weights of searchable and
+            fixed layers; ``total_size`` and ``total_compression`` of all parameters, None where the
+            costs do not say. A ratio of nothing is None.
+        """
+        size = self.size_bits(assignment)
+        found: dict[str, float | None] = {
+            "size": size / 8,
+            "compression": FLOAT_BITS * self.all_weights / size if size else None,
+            "total_size": None,
+            "total_compression": None,
+        }
+        if self.float_parameters is not None:
+            total = self.total_size_bits(assignment)
+            found["total_size"] = total / 8
+            if self.parameters is not None and total:
+                found["total_compression"] = FLOAT_BITS * self.parameters / total
+        return found
 
     def mean_bits(self, assignment: Mapping[str, tuple[int, int]]) -> tuple[Fraction, Fraction]:
         """Mean bit-widths over the searchable layers, where every layer counts the same.
@@ -347,4 +410,6 @@ def profile(
         },
         shared_inputs=found.shared_inputs,
         tensors=found.tensors,
+        parameters=found.parameters,
+        float_parameters=found.float_parameters,
     )

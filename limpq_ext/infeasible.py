@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
-from limpq_ext.budgets import Budget
+from limpq_ext.budgets import Budget, in_words
 from limpq_ext.ilp import NoSolutionError, Program, nearest
 from limpq_ext.policy import Policy
 from limpq_ext.problem import Problem
@@ -212,10 +212,17 @@ def _in_words(
         )
     if closest is not None:
         uses = []
-        for budget, use in zip(problem.budgets, closest.budgets, strict=True):
-            beyond = abs(Fraction(str(use.used)) / Fraction(str(use.limit)) - 1)
-            side = "below" if budget.measure.inverse else "above"
-            how = "kept" if use.kept else f"{float(beyond):.3%} {side} the limit"
-            uses.append(f"{use.name} {use.used} ({how})")
+        for use in closest.budgets:
+            ratio = Fraction(str(use.used)) / Fraction(str(use.limit))
+            how = "kept" if use.kept else _beyond(ratio)
+            uses.append(f"{use.name} {in_words(use.name, use.used)} ({how})")
         parts.append(f"the nearest policy uses {', '.join(uses)}")
     return "; ".join(parts)
+
+
+def _beyond(ratio: Fraction) -> str:
+    """By how much a limit is missed: in per cent, and as a factor where that is a large number."""
+    if Fraction(1, 2) <= ratio <= 2:
+        side = "above" if ratio > 1 else "below"
+        return f"{abs(float(ratio - 1)):.3%} {side} the limit"
+    return f"{float(ratio):,.4g} times the limit"

@@ -58,6 +58,7 @@ class Question(TypedDict, total=False):
 
     bitops: Asked | None
     size: Asked | None
+    total_size: Asked | None
     compression: Asked | None
     mean_weight_bits: Asked | None
     mean_activation_bits: Asked | None
@@ -289,6 +290,7 @@ class Problem:
             **self.meta,
             "restrictions": [rule.name for rule in self.in_force],
             "check": checks,
+            "sizes": self.costs.sizes(dict(zip(self.pairs, pairs, strict=True))),
             "solver": solution.solver,
             "stopped_by": solution.stopped_by,
             "seconds": seconds,

@@ -230,7 +230,8 @@ class SearchSection(RestrictionsSection):
     bitops: _Budget = Field(
         None, description="BitOps; where no budget is given, and this is not null, those of W3A3"
     )
-    size: _Budget = Field(None, description="bytes of all weights")
+    size: _Budget = Field(None, description="bytes of the weights of quantized layers")
+    total_size: _Budget = Field(None, description="bytes of all parameters, float ones too")
     compression: _Budget = Field(None, description="least ratio to 32-bit weights")
     mean_weight_bits: _Budget = Field(None, description="over the layers")
     mean_activation_bits: _Budget = Field(None, description="over the layers")

@@ -35,6 +35,7 @@ def search(
     *,
     bitops: Asked | None = None,
     size: Asked | None = None,
+    total_size: Asked | None = None,
     compression: Asked | None = None,
     mean_weight_bits: Asked | None = None,
     mean_activation_bits: Asked | None = None,
@@ -59,7 +60,8 @@ def search(
     """Find the bits of every layer with the smallest sum of indicators within the budgets.
 
     Any number of budgets and restrictions counts at once; without one, every layer gets its best
-    bits. A budget is a number in its unit, the level of a `uniform` policy, or a share `of_8bit`.
+    bits. A budget is a number in its unit, the level of a `uniform` policy, or a share `of_8bit`;
+    as on the command line these may be strings: ``"1.2e9"``, ``"w4a4"``, ``"25%"``.
     Restrictions name layers by their names or by patterns (``"layer1.*"``); the name of a module
     stands for all layers in it. Of equally good policies the one with fewer BitOps is taken, then
     the smaller one.
@@ -71,6 +73,8 @@ def search(
             sample.
         size: Largest size of all weights in bytes, with the fixed layers at their bits and without
             biases and batch normalisation.
+        total_size: Largest size of the whole network in bytes: ``size``, and every other parameter
+            (embeddings, normalisations, biases, excluded layers) in float32.
         compression: Smallest ratio of the weights at 32 bits to the weights as in ``size``; a
             number or a level.
         mean_weight_bits: Largest mean of the weight bits over the searchable layers.
@@ -114,9 +118,9 @@ def search(
 
     Raises:
         TypeError: If a budget, restriction or option has another type.
-        ValueError: If a budget is not positive and finite, an option is out of range, restrictions
-            contradict each other or fit no layer, the layers of indicators and costs differ, or the
-            latency table has holes.
+        ValueError: If a budget is a string that is none of these, or is not positive and finite, an
+            option is out of range, restrictions contradict each other or fit no layer, the layers
+            of indicators and costs differ, or the latency table has holes.
         InfeasibleError: If no policy keeps budgets and restrictions.
         TimeoutError: If the time limit passed before there was any policy.
         RuntimeError: If HiGHS fails.
@@ -128,6 +132,7 @@ def search(
         costs,
         bitops=bitops,
         size=size,
+        total_size=total_size,
         compression=compression,
         mean_weight_bits=mean_weight_bits,
         mean_activation_bits=mean_activation_bits,

@@ -59,6 +59,9 @@ class Trace:
         unused: Quantizable layers that did not run.
         shared_inputs: Groups of layers that read one and the same tensor.
         tensors: What is held between the layers; liveness.py has the rules.
+        parameters: Elements of all parameters, each counted once.
+        float_parameters: Elements of those that are no weight of these layers, or of another
+            module too, each counted once.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -66,6 +69,8 @@ class Trace:
     unused: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
     tensors: tuple[LiveTensor, ...]
+    parameters: int
+    float_parameters: int
 
 
 # Modules that compute with weights that this package would leave in float, and why.
@@ -166,7 +171,7 @@ def trace(
     refused |= watch.refusals(refused)
     if refused:
         raise ValueError(refusal(modules, refused))
-    return recorder.result(output)
+    return recorder.result(output, *_count_parameters(model, set(recorder.order)))
 
 
 def split_layers(
@@ -246,6 +251,19 @@ def _refused(modules: Mapping[str, nn.Module], excluded: Callable[[str], bool]) 
     return refused
 
 
+def _count_parameters(model: nn.Module, layers: set[str]) -> tuple[int, int]:
+    """Elements of all parameters, and of those that stay in float, each counted once."""
+    every: dict[int, int] = {}
+    in_float: dict[int, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        every[id(parameter)] = parameter.numel()
+        owner = name.split(".parametrizations.weight.")[0].removesuffix(".weight")
+        if owner not in layers or owner == name:
+            in_float[id(parameter)] = parameter.numel()
+    return sum(every.values()), sum(in_float.values())
+
+
+
 class _Recorder(TorchFunctionMode):
     """Sees every module call (hooks) and every function call (as a mode) of a forward."""
 
@@ -282,7 +300,7 @@ class _Recorder(TorchFunctionMode):
         for value in inputs:
             self._set_value(value, self.flow.add_input(value.numel()))
 
-    def result(self, output: Any) -> Trace:
+    def result(self, output: Any, parameters: int, float_parameters: int) -> Trace:
         unused = [
             name
             for module, name in self.names.items()
@@ -296,6 +314,8 @@ class _Recorder(TorchFunctionMode):
             tuple(unused),
             self.flow.shared_inputs(),
             self.flow.tensors(),
+            parameters,
+            float_parameters,
         )
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from limpq_ext.latency import LatencyEntry, LatencyTable
 BUDGETS = (
     "bitops",
     "size",
+    "total_size",
     "compression",
     "mean_weight_bits",
     "mean_activation_bits",
@@ -28,6 +29,7 @@ BUDGETS = (
 LIMITS = {
     "bitops": st.integers(1, 900),
     "size": st.integers(1, 320).map(lambda n: n / 8),
+    "total_size": st.integers(100, 720).map(lambda n: n / 8),
     "compression": st.integers(30, 160).map(lambda n: n / 10),
     "mean_weight_bits": st.integers(20, 80).map(lambda n: n / 10),
     "mean_activation_bits": st.integers(20, 80).map(lambda n: n / 10),
@@ -65,7 +67,14 @@ def problems(draw, largest=12, smallest_count=1, most=(4, 3)):
         first = draw(st.integers(0, count))
         last = draw(st.integers(first, count))
         tensors.append(LiveTensor(draw(st.integers(0, largest)), name, first, last))
-    costs = Costs(tuple(map(cost, names)), fixed, shared_inputs=shared, tensors=tuple(tensors))
+    costs = Costs(
+        tuple(map(cost, names)),
+        fixed,
+        shared_inputs=shared,
+        tensors=tuple(tensors),
+        parameters=99,
+        float_parameters=11,
+    )
     return Indicators(bits, layers), costs
 
 
@@ -95,6 +104,7 @@ def uses(costs, bits, table=None):
             sum(layer.macs * bw * ba for layer, (bw, ba) in zip(layers, pairs, strict=True))
         ),
         "size": Fraction(every_bit, 8),
+        "total_size": Fraction(every_bit, 8) + 4 * (costs.float_parameters or 0),
         "compression": Fraction(32 * costs.all_weights, every_bit),
         "mean_weight_bits": Fraction(sum(bw for bw, _ in pairs), len(pairs)),
         "mean_activation_bits": Fraction(sum(ba for _, ba in pairs), len(pairs)),

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from limpq_ext.costs import Costs, LayerCost, LiveTensor
+from limpq_ext.costs import Costs, LayerCost, LiveTensor, profile
 from limpq_ext.files import FileFormatError
 from limpq_ext.policy import Policy
 
@@ -179,3 +179,80 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError, match="not written"):
         Costs(COSTS.layers, COSTS.fixed, {"model": object()}).save(path)
     assert Costs.load(path) == COSTS
+
+
+# ---------------------------------------------------------------------------- the whole network
+
+
+def test_costs_of_the_former_version_are_read_without_what_they_do_not_say(tmp_path):
+    path = tmp_path / "costs.json"
+    COSTS.save(path)
+    document = json.loads(path.read_text())
+    for name in ("parameters", "float_parameters"):
+        del document[name]
+    path.write_text(json.dumps(document))
+    costs = Costs.load(path)
+    assert costs.sizes(BITS)["total_size"] is None
+    with pytest.raises(ValueError, match="which parameters stay in float: profile the network"):
+        costs.total_size_bits(BITS)
+
+
+def test_the_whole_network_has_what_stays_in_float_too():
+    costs = dataclasses.replace(COSTS, parameters=119, float_parameters=100)
+    size = 10 * 2 + 3 * 4 + (2 + 4) * 8
+    assert costs.total_size_bits(BITS) == size + 32 * 100
+    assert costs.sizes(BITS) == {
+        "size": size / 8,
+        "compression": 32 * 19 / size,
+        "total_size": size / 8 + 400,
+        "total_compression": 32 * 119 / (size + 3200),
+    }
+
+
+@pytest.mark.parametrize("name", ["parameters", "float_parameters"])
+def test_a_count_of_parameters_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is -1"):
+        dataclasses.replace(COSTS, **{name: -1})
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        dataclasses.replace(COSTS, **{name: 1.5})
+
+
+def test_embeddings_norms_biases_and_excluded_layers_stay_in_float_each_counted_once():
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(50, 8)
+            self.body = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)], nn.LayerNorm(8))
+            self.extra = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 50)
+            self.head.weight = self.words.weight
+
+        def forward(self, x):
+            return self.head(self.extra(self.body(self.words(x))))
+
+    model = Text()
+    costs = profile(model, torch.zeros(1, 3, dtype=torch.int64), exclude=["extra"])
+    assert costs.parameters == sum(p.numel() for p in model.parameters())
+    biases = 4 * 8 + 50
+    assert costs.float_parameters == 50 * 8 + biases + 2 * 8 + (64 + 8)
+
+
+def test_parametrized_weights_and_projections_of_attention_are_no_floats():
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, bias=False))
+    layers = [nn.Linear(8, 8, bias=False), normed, nn.Linear(8, 8, bias=False)]
+    assert profile(nn.Sequential(*layers), torch.zeros(1, 8)).float_parameters == 0
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    costs = profile(model, torch.zeros(1, 5, 8))
+    assert costs.parameters == sum(p.numel() for p in model.parameters())
+    assert costs.parameters - costs.float_parameters == costs.all_weights
+
+
+def test_a_tensor_that_is_held_for_ever_takes_no_memory_to_count():
+    tensors = (LiveTensor(3, "a", 0, 10**12), LiveTensor(5, "b", 10**11, 10**12))
+    costs = dataclasses.replace(COSTS, tensors=tensors)
+    assert costs.activation_memory_bits(BITS) == 3 * 3 + 5 * 5

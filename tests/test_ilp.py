@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from limpq_ext.ilp import Link, NoSolutionError, Program, Row, minimise, nearest
+from limpq_ext.ilp import Link, NoSolutionError, Program, Row, _Task, minimise, nearest
 
 ENGINES = {
     "sweeps": {},
@@ -504,3 +504,33 @@ def test_what_only_highs_proved_is_called_so_and_has_a_bound_below_it(monkeypatc
     objective = total(values, solution.chosen)
     assert solution.stopped_by == "tolerance"
     assert objective * (1 - 1e-5) < solution.bound < objective
+
+
+@pytest.mark.parametrize("groups", [50, 250])
+def test_rounding_exchanges_choices_in_programs_of_any_number_of_groups(groups):
+    generator = np.random.default_rng(0)
+    values = generator.random((groups, 4)).tolist()
+    row = Row(generator.integers(0, 200, (groups, 4)).tolist(), 50 * groups)
+    task = _Task(Program(values, [row]), [row.limit], 0.0, math.inf)
+    floor, prices = task._program._cuts.maximise(task._room, math.inf)
+    task._prices = prices[None]
+    task._round()
+    assert task.best is not None
+    # a few exchanges away from the bound: less than a tenth of what one group spans
+    assert (task.upper - floor) * float(task._program._unit) < 0.1
+
+
+def test_rounding_moves_one_group_where_that_is_enough():
+    row = Row([[0, 3], [0, 5]], 3)
+    layout = Program([[1.0, 0.0], [1.0, 0.9]], [row])
+    task = _Task(layout, [3], 0.0, math.inf)
+    task._prices = np.zeros((1, 1))
+    task._round()
+    assert task.best == [1, 0]
+
+
+def test_sweeps_hold_no_more_than_they_may_and_find_the_same(monkeypatch):
+    values, rows = random_problem(3)
+    plain = solve(values, rows)
+    monkeypatch.setattr("limpq_ext.sweep.MOST_BYTES", 2**14)
+    assert solve(values, rows).chosen == plain.chosen

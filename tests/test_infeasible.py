@@ -119,6 +119,7 @@ def test_the_nearest_policy_has_the_smallest_sum_of_relative_excess(problem):
         total = {
             "bitops": 1,
             "size": 8,
+            "total_size": 8,
             "mean_weight_bits": len(costs.layers),
             "mean_activation_bits": len(costs.layers),
             "bits_per_weight": sum(layer.weights for layer in costs.layers),
@@ -153,9 +154,14 @@ def test_one_budget_that_cannot_be_kept_is_said_in_words():
     assert error.nearest.bits()["layer0"] == (2, 2)
     assert str(error) == (
         "no policy keeps bitops <= 1000; the smallest bitops that can be kept with all else is"
-        " 1212; the nearest policy uses bitops 1212 (21.200% above the limit), mean_weight_bits 2"
-        " (kept)"
+        " 1212; the nearest policy uses bitops 1,212 BitOps (21.200% above the limit),"
+        " mean_weight_bits 2 bits (kept)"
     )
+
+
+def test_what_is_far_beyond_a_limit_is_a_factor_and_no_long_percentage():
+    with pytest.raises(InfeasibleError, match=r"nearest policy uses bitops 1,212 BitOps \(1,212 t"):
+        search(*example(), bitops=1)
 
 
 def test_several_conflicts_are_told_one_at_a_time():
@@ -164,7 +170,7 @@ def test_several_conflicts_are_told_one_at_a_time():
     assert caught.value.conflict == ("bitops",)
     assert caught.value.smallest == {"bitops": None}
     assert "no policy keeps bitops <= 1000; moving bitops alone does not help" in str(caught.value)
-    assert "compression 11.2 (6.667% below the limit)" in str(caught.value)
+    assert "compression 11.2 times smaller (6.667% below the limit)" in str(caught.value)
 
 
 def test_a_fixed_part_above_the_size_is_impossible():

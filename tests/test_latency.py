@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import latency_tables, problems
 
+from limpq_ext.budgets import make_measure
 from limpq_ext.costs import Costs, LayerCost
 from limpq_ext.files import FileFormatError
 from limpq_ext.indicators import Indicators, LayerIndicators
@@ -190,3 +191,12 @@ def test_latency_and_table_go_together(given, missing):
 def test_an_entry_that_is_no_time_is_refused(seconds, error):
     with pytest.raises(error, match="latency of layer 'a' at W2A2"):
         LatencyEntry("a", 2, 2, seconds)
+
+
+def test_a_latency_is_counted_in_a_unit_that_has_a_name():
+    for second, unit in ((2.0, "s"), (0.0025, "µs"), (0.004, "ms"), (3e-8, "ns")):
+        table = LatencyTable((LatencyEntry("a", 2, 2, second),))
+        costs = Costs((LayerCost("a", "linear", 1, 1, 1),), ())
+        measure = make_measure("latency", costs, table)
+        assert measure.unit == unit
+        assert measure.exact(measure.use([(2, 2)])) == Fraction(str(second))

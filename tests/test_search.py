@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from decimal import Decimal
@@ -361,10 +362,49 @@ def test_a_budget_that_is_not_positive_and_finite_is_refused(budget, value):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("value", ["3", True, [1], 1j])
+@pytest.mark.parametrize("value", [b"3", True, [1], 1j])
 def test_a_budget_that_is_no_number_is_refused(budget, value):
     with pytest.raises(TypeError, match=f"{budget} must be a number"):
         search(*example(), **{budget: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("w3a4", uniform(3, 4)), ("45%", of_8bit(0.45)), ("600", 600)]
+)
+def test_a_budget_may_be_a_string_as_on_the_command_line(text, meant):
+    asked, same = (search(*example(), size=limit) for limit in (text, meant))
+    assert asked.layers == same.layers
+    assert asked.budgets == same.budgets
+
+
+def test_a_string_that_is_no_budget_is_refused():
+    with pytest.raises(ValueError, match="size: 'three' is not a number, a level"):
+        search(*example(), size="three")
+
+
+def test_a_time_limit_counts_what_is_prepared_too(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    with pytest.raises(TimeoutError, match="no policy was found within the time limit"):
+        search(*example(count=30), bitops=uniform(3, 3), size=uniform(3, 3), time_limit=2)
+
+
+def test_a_penalty_that_forbids_does_not_hide_the_other_scores():
+    layers = (
+        LayerIndicators("a", {2: 1e16, 4: 1.0}, {2: 0.0, 4: 0.0}),
+        LayerIndicators("b", {2: 1.0, 4: 0.0}, {2: 0.0, 4: 0.0}),
+    )
+    costs = Costs(tuple(LayerCost(name, "linear", 1, 1, 1) for name in "ab"), ())
+    policy = search(Indicators((2, 4), layers), costs, non_monotone="keep")
+    assert (policy.objective, policy.bound, policy.gap) == (1.0, 1.0, 0.0)
+    assert policy.meta["stopped_by"] == "optimal"
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300])
+def test_scores_that_hardly_differ_from_zero_are_searched(scale):
+    layer = LayerIndicators("a", {2: 2 * scale, 4: scale}, {2: 2 * scale, 4: scale})
+    costs = Costs((LayerCost("a", "linear", 1, 1, 1),), ())
+    assert search(Indicators((2, 4), (layer,)), costs).bits() == {"a": (4, 4)}
 
 
 @pytest.mark.parametrize(("weight", "activation"), [(1, 4), (4, 17)])
