@@ -48,7 +48,7 @@ class BudgetUse:
     """One budget of a search, in the user's units.
 
     Attributes:
-        name: Name of the argument of `search`: ``"bitops"``, ``"size"`` (bytes),
+        name: Name of the argument of `search`: ``"bitops"``, ``"size"``, ``"total_size"`` (bytes),
             ``"compression"`` (ratio to 32 bits), ``"latency"`` (seconds), ...
         limit: What was asked for: the most that may be used, or the least compression ratio.
         used: What the policy uses, or the compression ratio that it reaches.
