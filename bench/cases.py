@@ -322,7 +322,9 @@ def _build_multi(
     def five_forwards(given: MultiInput) -> list[Tensor]:
         x, scales, _ = given
         return [
-            torch.ops.limpq_ext.fake_quantize(x, scales, k, mins[k], maxs[k], None, factors[k], *guard)
+            torch.ops.limpq_ext.fake_quantize(
+                x, scales, k, mins[k], maxs[k], None, factors[k], *guard
+            )
             for k in rows
         ]
 

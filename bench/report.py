@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import limpq_ext
-from limpq_ext.ops import build_info
 from limpq_ext.files import open_atomically, write_json
+from limpq_ext.ops import build_info
 
 from .timing import Comparison
 
@@ -171,7 +171,7 @@ def machine_kind(device: str) -> str:
     else:
         model = _cpu_field("model name") or platform.processor() or platform.machine()
         model = re.sub(r"\((R|TM|tm)\)|@.*|\bCPU\b|\bProcessor\b", " ", model)
-        name = f"{model} {torch.get_num_threads()} threads {build_info()["cpu capability"]}"
+        name = f"{model} {torch.get_num_threads()} threads {build_info()['cpu capability']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -142,10 +142,10 @@ inline void check_storage(const char* what, const Tensor& tensor) {
   const Extent extent = extent_of(tensor);
   int64_t stored;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &stored));
-  const int64_t needed = tensor.storage_offset() * int64_t(tensor.element_size()) +
-                         (extent.end - extent.begin);
-  LIMPQ_CHECK("ValueError", extent.begin == extent.end || needed <= stored, what,
-              " has memory of ", stored, " bytes, but its elements take ", needed);
+  const int64_t needed =
+      tensor.storage_offset() * int64_t(tensor.element_size()) + (extent.end - extent.begin);
+  LIMPQ_CHECK("ValueError", extent.begin == extent.end || needed <= stored, what, " has memory of ",
+              stored, " bytes, but its elements take ", needed);
 }
 
 // --- one call -----------------------------------------------------------------------------------
@@ -456,11 +456,13 @@ struct Operators {
     return y;
   }
 
-  static std::tuple<Tensor, Tensor> fake_quantize_backward(
-      const Tensor& grad, const Tensor& x, const Tensor& scale, int64_t scale_row,
-      int64_t quant_min, int64_t quant_max, std::optional<int64_t> channel_axis,
-      std::optional<double> grad_factor, double scale_min, double scale_max,
-      std::optional<double> relu_max) {
+  static std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                           const Tensor& scale, int64_t scale_row,
+                                                           int64_t quant_min, int64_t quant_max,
+                                                           std::optional<int64_t> channel_axis,
+                                                           std::optional<double> grad_factor,
+                                                           double scale_min, double scale_max,
+                                                           std::optional<double> relu_max) {
     const double factor = grad_factor.value_or(0);
     Quantization how = {scale_row,    quant_min, quant_max, {},
                         channel_axis, scale_min, scale_max, relu_max};
@@ -474,14 +476,11 @@ struct Operators {
 
   // --- many bit-widths
 
-  static Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale,
-                                    const std::vector<int64_t>& scale_rows,
-                                    const std::vector<int64_t>& quant_mins,
-                                    const std::vector<int64_t>& quant_maxs,
-                                    std::optional<int64_t> channel_axis,
-                                    const std::optional<std::vector<double>>& grad_factors,
-                                    double scale_min, double scale_max,
-                                    std::optional<double> relu_max) {
+  static Tensor fake_quantize_multi(
+      const Tensor& x, const Tensor& scale, const std::vector<int64_t>& scale_rows,
+      const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
+      std::optional<int64_t> channel_axis, const std::optional<std::vector<double>>& grad_factors,
+      double scale_min, double scale_max, std::optional<double> relu_max) {
     (void)grad_factors;
     const Quantization how = {scale_rows,   quant_mins, quant_maxs, {},
                               channel_axis, scale_min,  scale_max,  relu_max};
@@ -498,10 +497,11 @@ struct Operators {
 
   /// `grad` is [bit-widths, *x.shape]; where `used` is given, a slice for each bit-width in it.
   static std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
-      const Tensor& grad, const Tensor& x, const Tensor& scale, const std::vector<int64_t>& scale_rows,
-      const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
-      std::optional<int64_t> channel_axis, const std::optional<std::vector<double>>& grad_factors,
-      double scale_min, double scale_max, std::optional<double> relu_max) {
+      const Tensor& grad, const Tensor& x, const Tensor& scale,
+      const std::vector<int64_t>& scale_rows, const std::vector<int64_t>& quant_mins,
+      const std::vector<int64_t>& quant_maxs, std::optional<int64_t> channel_axis,
+      const std::optional<std::vector<double>>& grad_factors, double scale_min, double scale_max,
+      std::optional<double> relu_max) {
     Quantization how = {scale_rows,   quant_mins, quant_maxs, {},
                         channel_axis, scale_min,  scale_max,  relu_max};
     if (grad_factors) {
@@ -633,8 +633,13 @@ struct Operators {
       const auto part = [&](const std::vector<int64_t>& list) {
         return List<int64_t>(list.data() + first, size_t(counts[i]));
       };
-      Quantization how = {first_rows(size_t(counts[i])), part(quant_mins), part(quant_maxs), {},
-                          std::nullopt, scale_mins[i], scale_maxs[i]};
+      Quantization how = {first_rows(size_t(counts[i])),
+                          part(quant_mins),
+                          part(quant_maxs),
+                          {},
+                          std::nullopt,
+                          scale_mins[i],
+                          scale_maxs[i]};
       if (channel_axes[i] != no_axis) how.channel_axis = channel_axes[i];
       return how;
     }
@@ -651,14 +656,17 @@ struct Operators {
 
   static void bank_forward(const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
                            const std::vector<Tensor>& outputs, const std::vector<int64_t>& counts,
-                           const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
-                           const std::vector<int64_t>& channel_axes, const std::vector<double>& scale_mins,
+                           const std::vector<int64_t>& quant_mins,
+                           const std::vector<int64_t>& quant_maxs,
+                           const std::vector<int64_t>& channel_axes,
+                           const std::vector<double>& scale_mins,
                            const std::vector<double>& scale_maxs) {
     const Bank bank = {weights,    scales,       counts,     quant_mins,
                        quant_maxs, channel_axes, scale_mins, scale_maxs};
     bank.check_lengths();
-    LIMPQ_CHECK("ValueError", int64_t(outputs.size()) == bank.total(), "weight bank: ",
-                outputs.size(), " outputs for ", bank.total(), " quantized weights");
+    LIMPQ_CHECK("ValueError", int64_t(outputs.size()) == bank.total(),
+                "weight bank: ", outputs.size(), " outputs for ", bank.total(),
+                " quantized weights");
     if (weights.empty()) return;
     std::vector<ForwardProblem> problems;
     std::vector<Tensor> compute_scales;
@@ -673,13 +681,11 @@ struct Operators {
       extents.emplace_back(extent_of(compute_scales.back()), false);
       for (int64_t k = 0; k < counts[i]; ++k) {
         const Tensor& output = outputs[first + k];
-        LIMPQ_CHECK("ValueError",
-                    same(output.sizes(), weight.sizes()) &&
-                        same(output.strides(), weight.strides()) &&
-                        output.scalar_type() == weight.scalar_type() &&
-                        output.device() == weight.device(),
-                    "weight bank: output ", k, " of weight ", i,
-                    " is not laid out as the weight is");
+        LIMPQ_CHECK(
+            "ValueError",
+            same(output.sizes(), weight.sizes()) && same(output.strides(), weight.strides()) &&
+                output.scalar_type() == weight.scalar_type() && output.device() == weight.device(),
+            "weight bank: output ", k, " of weight ", i, " is not laid out as the weight is");
         check_storage("weight bank: an output", output);
         extents.emplace_back(extent_of(output), true);
       }
@@ -702,9 +708,8 @@ struct Operators {
     extents.erase(std::remove_if(extents.begin(), extents.end(),
                                  [](const auto& e) { return e.first.begin == e.first.end; }),
                   extents.end());
-    std::sort(extents.begin(), extents.end(), [&](const auto& a, const auto& b) {
-      return before(a.first.begin, b.first.begin);
-    });
+    std::sort(extents.begin(), extents.end(),
+              [&](const auto& a, const auto& b) { return before(a.first.begin, b.first.begin); });
     const char* read_end = nullptr;
     const char* written_end = nullptr;
     for (const auto& [extent, written] : extents) {
@@ -720,8 +725,9 @@ struct Operators {
   /// The gradients of the weights and of the scales, of those layers that have a gradient in
   /// `grads`, in order. `places` says which quantized weight each gradient belongs to, ascending.
   static std::tuple<std::vector<Tensor>, std::vector<Tensor>> bank_backward(
-      const std::vector<Tensor>& grads, const std::vector<int64_t>& places, const std::vector<Tensor>& weights,
-      const std::vector<Tensor>& scales, const std::vector<int64_t>& counts, const std::vector<int64_t>& quant_mins,
+      const std::vector<Tensor>& grads, const std::vector<int64_t>& places,
+      const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+      const std::vector<int64_t>& counts, const std::vector<int64_t>& quant_mins,
       const std::vector<int64_t>& quant_maxs, const std::vector<int64_t>& channel_axes,
       const std::vector<double>& scale_mins, const std::vector<double>& scale_maxs) {
     const Bank bank = {weights,    scales,       counts,     quant_mins,

@@ -47,8 +47,7 @@ struct Cuda {
   static void run_backward(BackwardProblem* problems, int64_t count, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
     CUstream_st* const stream = current_stream(like);
-    const auto counters =
-        counters_for(like, stream, cuda::backward_counter_bytes(problems, count));
+    const auto counters = counters_for(like, stream, cuda::backward_counter_bytes(problems, count));
     void* const zeros = counters ? counters->mutable_data_ptr() : nullptr;
     cuda::fake_quantize_backward(problems, count, zeros, stream);
   }

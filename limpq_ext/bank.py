@@ -66,6 +66,8 @@ class WeightBank:
             if not isinstance(layer.weight, nn.Parameter):
                 raise ValueError(f"layer '{name}': its weight is computed and no parameter")
         self._layers = dict(layers)
+        self._layout: list[tuple[Any, ...]] = []
+        self._how: tuple[list[Any], ...] = ()
         self._build()
 
     @property
@@ -209,9 +211,7 @@ class WeightBank:
         for place, (name, (weight, _), quantizer, piece) in enumerate(
             zip(self._layers, self._parameters, quantizers, self._buffer.split(sizes), strict=True)
         ):
-            for bits, memory in zip(
-                quantizer.bits, piece.chunk(len(quantizer.bits)), strict=True
-            ):
+            for bits, memory in zip(quantizer.bits, piece.chunk(len(quantizer.bits)), strict=True):
                 values = _laid_out_as(weight, memory)
                 self._values.append(values)
                 self._leaves[name, bits] = values.detach().requires_grad_()

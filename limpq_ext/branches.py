@@ -150,7 +150,9 @@ def _with_inputs_alone(model: nn.Module, x: Any) -> nn.Module:
         names = [str(name) for name in x]
         given = [f"{name}={name}" for name in names]
     else:
-        names = given = [f"input_{i}" for i in range(len(x))] if isinstance(x, tuple | list) else ["x"]
+        names = given = (
+            [f"input_{i}" for i in range(len(x))] if isinstance(x, tuple | list) else ["x"]
+        )
     if not all(name.isidentifier() for name in names):
         raise UntraceableError(f"the inputs are called {names}")
     source = f"lambda self, {', '.join(names)}: own.forward(self, {', '.join(given)})"

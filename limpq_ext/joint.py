@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -116,9 +116,10 @@ class JointTrainer:
         check_steps: int = 0,
         on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            compile_forward = compile_forward or model.dynamo_ctx
-            model = model._orig_mod
+        original = getattr(model, "_orig_mod", None)
+        if isinstance(original, nn.Module):  # what torch.compile returned
+            compile_forward = compile_forward or cast(Any, model).dynamo_ctx
+            model = original
         _refuse_wrapped(model)
         self.layers = quantized_layers(model)
         if not self.layers:

@@ -206,7 +206,7 @@ def _has_tangent(*tensors: Tensor) -> bool:
 
 
 def _gradients(operator: Any, how: How, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dscale, from the gradient and what was saved."""
+    """Dx and dscale, from the gradient and what was saved."""
     try:
         if torch.is_grad_enabled() or _is_transformed() or _has_tangent(*tensors):
             return _Gradients.apply(operator, how, *tensors)

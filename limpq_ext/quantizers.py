@@ -299,8 +299,8 @@ class ActivationQuantizer(LsqQuantizer):
             )
         if self._signed is None:
             self._decide(lowest_value < 0)
-            self.signed_range.fill_(int(self._signed))
-        _, quant_max = thresholds(self.selected_bits, signed=self._signed)
+            self.signed_range.fill_(int(lowest_value < 0))
+        _, quant_max = self.thresholds(self.selected_bits)
         self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))
 
 

@@ -128,6 +128,16 @@ class _Record:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
 
 
+def read_record(path: Path) -> _Record:
+    """What ``stages.json`` says of a folder.
+
+    Raises:
+        OSError: It cannot be read.
+        FileFormatError: It is no such file.
+    """
+    return load_document(path, _Record, format=_FORMAT, version=_VERSION)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage about to run, or not.
@@ -192,7 +202,7 @@ class Stages:
         if self.recipe.tensorboard:
             self._files.append(TensorBoard(folder / TENSORBOARD))
         if (folder / STAGES).exists():
-            self._record = load_document(folder / STAGES, _Record, format=_FORMAT, version=_VERSION)
+            self._record = read_record(folder / STAGES)
         for name in (STAGES, RECIPE, DATA, SCAN, METRICS):
             remove_leftovers(folder / name)
         # A recipe that says the same is left as it is, comments and all.

@@ -148,8 +148,8 @@ def trace(
     modules = dict(model.named_modules())
     check_patterns(exclude, modules, "exclude")
     refused = _refused(modules, excluded)
-    model = with_probes(model, lambda name: excluded(name) or name in refused)
-    watch = Watch(model, excluded)
+    probed = with_probes(model, lambda name: excluded(name) or name in refused)
+    watch = Watch(probed, excluded)
     recorder = _Recorder({module: name for name, module in watch.modules.items()}, exclude)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     for value in inputs:
@@ -163,7 +163,7 @@ def trace(
         recorder.start(fakes)
         try:
             with fake_mode:
-                output = watch.follow(model, fakes, {}, recorder)
+                output = watch.follow(probed, fakes, {}, recorder)
         except UnfollowedError as error:
             if refused:
                 raise ValueError(refusal(modules, refused)) from error
@@ -261,7 +261,6 @@ def _count_parameters(model: nn.Module, layers: set[str]) -> tuple[int, int]:
         if owner not in layers or owner == name:
             in_float[id(parameter)] = parameter.numel()
     return sum(every.values()), sum(in_float.values())
-
 
 
 class _Recorder(TorchFunctionMode):

@@ -151,8 +151,14 @@ def write_files(folder: Path) -> dict[str, bytes]:
         "pairs: {'*': [[4, 8], [2, 2]]}\nfixed: {middle: [4, 4]}\n"
         "tied: ['again*']\nmin_bits: {'*': 2}\n"
     )
-    record = {"inputs": "0" * 64, "outputs": {"costs.json": "1" * 64}, "seconds": 0.5}
-    (folder / "stages.json").write_text(json.dumps({"profile": record, "data": record}))
+    done = {"inputs": "0" * 64, "outputs": {"costs.json": "1" * 64}, "seconds": 0.5}
+    record = {
+        "format": "limpq-run",
+        "version": 1,
+        "stages": {"profile": {**done, "finished": True}},
+    }
+    record["files"] = {"recipe.yaml": ["2" * 64]}
+    (folder / "stages.json").write_text(json.dumps(record))
     records = [{"stage": stage, "step": step, "loss": 0.5} for stage in "ab" for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     resume(folder / "resume.checkpoint", stop=2)
@@ -263,7 +269,7 @@ def use_costs(path: Path) -> None:
 
 
 def read_stages(path: Path) -> Any:
-    from limpq_ext.pipeline import read_record
+    from limpq_ext.stages import read_record
 
     return read_record(path)
 
@@ -601,7 +607,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Mapping[str, bytes]], bytes], str]] = {
     "held": ("costs.json", lambda _: costs_with({}, [held(0, 99_999)] * 200), "held at 20000000"),
     "list": ("stages.json", lambda _: b"[]", "holds [], not a JSON object"),
     "null": ("stages.json", lambda _: b"null", "holds None, not a JSON object"),
-    "stage": ("stages.json", lambda _: b'{"data": null}', "'data': is None, not the record"),
+    "stage": ("stages.json", lambda text: text.replace(b'{"inputs"', b'[{"inputs"'), "not JSON"),
     "aliases": ("recipe.yaml", lambda _: bomb_of_aliases(), "more than 100000 values"),
     "itself": ("recipe.yaml", lambda _: b"model: &a [*a]", "a value that holds itself"),
     "flow": ("recipe.yaml", lambda _: b"model: " + b"[" * 10**5, "nested more than 64 deep"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from limpq_ext import lsq_fake_quantize, lsq_fake_quantize_multi
 from limpq_ext import ops as limpq_ops
-from limpq_ext.ops import build_info, lsq_grad_factor, thresholds
+from limpq_ext.ops import lsq_grad_factor, thresholds
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [(0,), (), (1,), (3,), (31,), (1023,), (4099,), (100_003,), (2, 3, 5, 7)]

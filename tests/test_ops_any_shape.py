@@ -29,4 +29,3 @@ def test_any_shape_and_order_of_axes_equals_the_chain(shape, per_channel, axis, 
         check(x, scale, -8, 7, axis)
     else:
         check(x, torch.tensor(0.2, dtype=compute_dtype(dtype)), -8, 7)
-

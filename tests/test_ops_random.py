@@ -98,7 +98,9 @@ def one_call(choose):
     if form == "multi":
         y = ops.fake_quantize_multi(leaf, rows, (used, lows, highs, *tail))
     elif form == "selected":
-        y = ops.fake_quantize_selected(leaf, rows, torch.tensor(used[0]), (lows, highs, *tail))[None]
+        y = ops.fake_quantize_selected(leaf, rows, torch.tensor(used[0]), (lows, highs, *tail))[
+            None
+        ]
     else:
         k = used[0]
         how = (k, lows[k], highs[k], axis, factor, *guard, relu_max)

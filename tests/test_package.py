@@ -46,7 +46,7 @@ def test_what_is_missing_is_said_with_the_extra_that_brings_it():
 
 
 def test_an_older_torch_is_an_import_error_that_names_both(tmp_path):
-    # A library that needs what this torch lacks stands for one that needs what an older torch lacks.
+    # What does not load at all stands for what an older torch lacks.
     package = tmp_path / "limpq_ext"
     shutil.copytree(ROOT / "limpq_ext", package, ignore=shutil.ignore_patterns("*.so"))
     (package / "_cpu.abi3.so").write_bytes(b"no library")

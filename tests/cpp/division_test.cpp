@@ -51,8 +51,8 @@ LIMPQ_INLINE uint32_t differs(float x, float scale, float reciprocal) {
 }
 
 /// How many of the x with bits first, first + stride, ... differ.
-LIMPQ_WITH_FMA uint32_t count_differences(float scale, uint32_t first,
-                                                               uint32_t stride, uint32_t count) {
+LIMPQ_WITH_FMA uint32_t count_differences(float scale, uint32_t first, uint32_t stride,
+                                          uint32_t count) {
   const float reciprocal = Divisor<float>(scale).reciprocal;
   uint32_t differences = 0;
   for (uint32_t i = 0; i < count; ++i) {
