@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
+WORKERS ?= 2
+
 # Of `make test-torch`: another torch, with which the wheel that .venv built is tested.
 TORCH ?= 2.11.0
 TORCHVISION ?= 0.26.0
@@ -50,16 +52,17 @@ test-torch: dist/built
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	grep -v -e '^torch' constraints.txt > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt \
-		torch==$(TORCH) torchvision==$(TORCHVISION) pytest hypothesis "$$(echo dist/*.whl)[cli,timm]"
+		torch==$(TORCH) torchvision==$(TORCHVISION) pytest pytest-xdist hypothesis "$$(echo dist/*.whl)[cli,timm]"
 	$(OTHER)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	cd $(OTHER) && bin/python -c "import limpq_ext.ops, torch; print(torch.__version__, limpq_ext.ops.build_info())"
-	$(OTHER)/bin/pytest -m "not slow" $(TORCH_TESTS)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TORCH_TESTS)
 
 demo: $(INSTALLED)
 	$(BIN)/limpq run --out runs/digits
 
+# A test module to a process, one thread each: small networks gain nothing from more threads.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

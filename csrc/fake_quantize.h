@@ -53,7 +53,8 @@ struct Problem {
 
   template <typename C>
   Relu<C> relu() const {
-    return {relu_max.has_value(), C(relu_max.value_or(std::numeric_limits<double>::infinity()))};
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    return {C(relu_max ? 0.0 : -infinity), C(relu_max.value_or(infinity))};
   }
 };
 

@@ -28,15 +28,17 @@ struct Range {
 /// of x. An infinite ceiling is ReLU, 6 is ReLU6. Only with quant_min 0.
 template <typename C>
 struct Relu {
-  bool present;
+  C floor;    // 0, or -infinity where there is no ReLU: then value(x) is x
   C ceiling;  // a value of the tensor's data type; infinite without a ReLU
+
+  LIMPQ_INLINE bool present() const { return floor == C(0); }
 
   /// x'; a NaN stays a NaN, and -0.0 stays -0.0, as in PyTorch's CPU kernels. What is below 0
   /// becomes 0 here and not in clamp_to_range: a negative x / scale may underflow to -0.0, or be
   /// -inf / inf, a NaN.
   LIMPQ_INLINE C value(C x) const {
-    const C capped = x > ceiling ? ceiling : x;
-    return present & (x < C(0)) ? C(0) : capped;
+    const C raised = x < floor ? floor : x;
+    return raised > ceiling ? ceiling : raised;
   }
 
   /// Whether the gradient of x' reaches x, for x or x' itself: as in PyTorch not at the bounds.

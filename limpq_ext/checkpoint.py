@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from .distributed import agree, from_main, gather, is_distributed, is_main, rank, world_size
+from .ends import Interrupted
 from .files import open_atomically, remove_leftovers
 from .indicators import KINDS, StepSizes, check_started
 from .quantizers import mean_step_sizes
@@ -50,23 +51,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
         """Take a state back."""
-
-
-class Interrupted(SystemExit):
-    """The training was stopped by a signal after it had finished its step.
-
-    Uncaught, it ends the process with the conventional status, 128 + the signal's number.
-
-    Attributes:
-        reason: One sentence for the user.
-    """
-
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(128 + number)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 class StopSignals:

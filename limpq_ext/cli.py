@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from .checkpoint import Interrupted
-from .distributed import MainProcessError, process_group
+from .ends import Interrupted, MainProcessError
 from .extras import require
 
 if TYPE_CHECKING:
@@ -191,6 +190,7 @@ def run(
     with one that was interrupted. torchrun -m limpq_ext run ... runs it in several processes.
     """
     from . import pipeline
+    from .distributed import process_group
 
     source = _one_recipe(recipe, recipe_option)
     given = _recipe(
@@ -267,6 +267,7 @@ def indicators(
     else:
         if weights is None:
             raise ValueError("--weights is missing: indicators are trained from a float model")
+        from .distributed import process_group
         from .pipeline import Session, choose_device
 
         given = _recipe(
@@ -530,6 +531,7 @@ def finetune(
 
     The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
     """
+    from .distributed import process_group
     from .pipeline import Session, choose_device
     from .policy import Policy
 
@@ -595,6 +597,7 @@ def evaluate(
     """
     from dataclasses import asdict
 
+    from .distributed import process_group
     from .files import write_json
     from .pipeline import Session, choose_device
     from .policy import Policy

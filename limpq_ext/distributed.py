@@ -17,16 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from .ends import MainProcessError
 from .quantizers import ActivationQuantizer
 
 Value = TypeVar("Value")
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are exchanged in pieces of about this size, as DistributedDataParallel does."""
-
-
-class MainProcessError(RuntimeError):
-    """Process 0 failed at something that it does for all; raised in the others."""
 
 
 def is_distributed() -> bool:

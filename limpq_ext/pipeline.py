@@ -429,7 +429,7 @@ class Session:
         options = self.recipe.joint
         prepared = self.prepare(model)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        prepared.to(self.device).to(memory_format=layout).train()  # type: ignore[call-overload]  # not in torch's stub
+        prepared.to(self.device).to(memory_format=layout).train()
         meter = Meter(self.device)
         trainer = self._joint_trainer(prepared, meter)
 

@@ -607,7 +607,11 @@ HOSTILE: dict[str, tuple[str, Callable[[Mapping[str, bytes]], bytes], str]] = {
     "held": ("costs.json", lambda _: costs_with({}, [held(0, 99_999)] * 200), "held at 20000000"),
     "list": ("stages.json", lambda _: b"[]", "holds [], not a JSON object"),
     "null": ("stages.json", lambda _: b"null", "holds None, not a JSON object"),
-    "stage": ("stages.json", lambda text: text.replace(b'{"inputs"', b'[{"inputs"'), "not JSON"),
+    "stage": (
+        "stages.json",
+        lambda files: files["stages.json"].replace(b'"profile": {', b'"profile": ['),
+        "not JSON",
+    ),
     "aliases": ("recipe.yaml", lambda _: bomb_of_aliases(), "more than 100000 values"),
     "itself": ("recipe.yaml", lambda _: b"model: &a [*a]", "a value that holds itself"),
     "flow": ("recipe.yaml", lambda _: b"model: " + b"[" * 10**5, "nested more than 64 deep"),

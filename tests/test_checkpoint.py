@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from limpq_ext import FileFormatError, Indicators, JointTrainer, finetune, prepare
-from limpq_ext.checkpoint import Checkpoint, Interrupted, write_sealed
+from limpq_ext.checkpoint import Checkpoint, write_sealed
 from limpq_ext.data import make_loader
+from limpq_ext.ends import Interrupted
 from limpq_ext.metrics import Journal, MetricsFile
 from limpq_ext.training import Recording, run_epochs
 

@@ -57,6 +57,24 @@ def test_an_older_torch_is_an_import_error_that_names_both(tmp_path):
     assert "this is torch 2." in last
 
 
+@pytest.mark.parametrize("command", ["", "run", "indicators", "search", "pareto", "info"])
+def test_help_needs_no_torch(command):
+    arguments = ["limpq", *command.split(), "--help"]
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = {arguments}\n"
+    told = python(code + "from limpq_ext.cli import main; main()")
+    assert told.returncode == 0, told.stderr
+    assert "Usage: limpq" in told.stdout
+
+
+def test_a_function_keeps_its_name_when_its_module_is_loaded():
+    names = [name for name in limpq_ext.__all__ if (ROOT / "limpq_ext" / f"{name}.py").exists()]
+    loads = "\n".join(f"importlib.import_module('limpq_ext.{name}')" for name in names)
+    checks = "".join(f"\nassert callable(limpq_ext.{name})" for name in names)
+    told = python(f"import importlib, limpq_ext\n{loads}{checks}\nprint({len(names)})")
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) > 0
+
+
 def test_the_import_does_not_bring_dynamo():
     told = python("import limpq_ext.joint, sys; print('torch._dynamo' in sys.modules)")
     assert told.stdout.strip() == "False", told.stderr

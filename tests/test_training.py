@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from limpq_ext import evaluate, finetune
-from limpq_ext.checkpoint import Checkpoint, Interrupted
+from limpq_ext.checkpoint import Checkpoint
+from limpq_ext.ends import Interrupted
 from limpq_ext.layers import quantize_layer
 from limpq_ext.training import Recording, cosine_with_warmup, make_optimizer
 

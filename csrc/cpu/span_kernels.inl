@@ -256,7 +256,7 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, in
 /// Calls run(relu) with the ReLU, or with what stands for none or one without a ceiling.
 template <typename C, typename Run>
 inline void with_relu(Relu<C> relu, Run run) {
-  if (!relu.present) {
+  if (!relu.present()) {
     run(NoRelu<C>());
   } else if (relu.ceiling == C(__builtin_inff())) {
     run(PlainRelu<C>());

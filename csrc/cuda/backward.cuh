@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
         const Pack<T> grad_pack = span.load(widths[0].grad);
         widen<T>(span.load(p.x), x);
         widen<T>(grad_pack, grad);
-        if (p.relu.present) apply_relu(x, p.relu);
+        if (p.relu.present()) apply_relu(x, p.relu);
         divide(x, only_divisor, all_tame<T>(x), quotient);
         only_sum += backward_pack(grad, quotient, widths[0].range(), true, dx);
       } else {
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
               backward_pack(grad, quotient, widths[k].range(), k == 0, dx);
         }
       }
-      if (p.relu.present) stop_gradient(x, p.relu, dx);
+      if (p.relu.present()) stop_gradient(x, p.relu, dx);
       span.store(p.dx, narrow<T>(dx));
     }
   }
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(backward_columns_block, backward_columns_resid
         const int64_t row = first + u * height;
         if (row < end) x[u] = load_pack<V>(p.x + row * channels + channel);
       }
-      if (p.relu.present) {
+      if (p.relu.present()) {
 #pragma unroll
         for (int u = 0; u < rows_at_a_time; ++u) apply_relu(x[u], p.relu);
       }
@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(backward_columns_block, backward_columns_resid
 #pragma unroll
       for (int u = 0; u < rows_at_a_time; ++u) {
         const int64_t row = first + u * height;
-        if (p.relu.present) {
+        if (p.relu.present()) {
           C values[V];
           widen<T>(x[u], values);
           stop_gradient(values, p.relu, dx[u]);

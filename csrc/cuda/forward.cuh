@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, 
   for (int u = 0; u < packs_per_thread; ++u) {
     if (first + u * p.team < packs) x[u] = row.span(first + u * p.team).load(p.x);
   }
-  if (p.relu.present) {
+  if (p.relu.present()) {
 #pragma unroll
     for (int u = 0; u < packs_per_thread; ++u) apply_relu(x[u], p.relu);
   }
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(forward_columns_block, single ? 8 : 5) forward
     const int64_t row = first + u * height;
     if (row < p.rows) x[u] = load_pack<V>(p.x + row * channels + channel);
   }
-  if (p.relu.present) {
+  if (p.relu.present()) {
 #pragma unroll
     for (int u = 0; u < packs_per_thread; ++u) apply_relu(x[u], p.relu);
   }

@@ -129,7 +129,7 @@ TYPED_TEST(Lsq, TheBoundsLetTheGradientThrough) {
 TYPED_TEST(Lsq, ReluIsThePlainFormula) {
   using C = TypeParam;
   for (const C ceiling : {C(6), C(0.1), this->infinity}) {
-    const Relu<C> relu{true, ceiling};
+    const Relu<C> relu{0, ceiling};
     for (const C scale : {C(0.1), C(1.0 / 3), ceiling / 3, C(7)}) {
       const Range<C> range{0, 3};
       std::vector<C> values = this->inputs(C(0.1), range);
@@ -150,7 +150,7 @@ TYPED_TEST(Lsq, ReluIsThePlainFormula) {
 
 TYPED_TEST(Lsq, NoReluChangesNothing) {
   using C = TypeParam;
-  const Relu<C> none{false, this->infinity};
+  const Relu<C> none{-this->infinity, this->infinity};
   for (const C x : this->inputs(C(0.1), {-8, 7})) ASSERT_TRUE(this->same(none.value(x), x));
 }
 
