@@ -1009,7 +1009,8 @@ def _print_report(report: RunReport) -> None:
         require("rich.table", "cli").Table,
     )
     results = table_class(title="Results on the test set")
-    for title in ("network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression"):
+    titles = ("network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)")
+    for title in titles:
         results.add_column(title, justify="left" if title == "network" else "right")
     for result in report.results:
         results.add_row(
@@ -1018,6 +1019,7 @@ def _print_report(report: RunReport) -> None:
             f"{result.bitops / 1e9:.4f}",
             f"{result.size_bytes / 1e3:.1f}",
             f"{result.compression:.2f}",
+            f"{result.total_bytes / 1e3:.1f}",
         )
     stages = table_class(title="Seconds in each stage")
     stages.add_column("stage")

@@ -75,6 +75,7 @@ class Result:
         bitops: Of the searchable layers for one sample; a float layer counts 32 * 32 bits.
         size_bytes: Of all weights, without biases and batch normalisation.
         compression: Ratio to 32-bit weights.
+        total_bytes: Of all parameters, those that stay in float32 included.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Result:
     bitops: int
     size_bytes: float
     compression: float
+    total_bytes: float
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
                     costs.bitops(bits),
                     size_bits / 8,
                     32 * costs.all_weights / size_bits,
+                    (size_bits + 32 * costs.parameters_in_float()) / 8,
                 )
             )
     return RunReport(tuple(results), stages.seconds, tuple(stages.reused), folder)

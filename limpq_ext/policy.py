@@ -94,7 +94,8 @@ class Comparison:
         changed: Those with different bits, in the policy's order.
         mean_bits: Mean weight and activation bits of the policy that was asked.
         other_mean_bits: Those of the one that it was compared with.
-        ratios: "bitops" and "size" of the other over those of the policy, where costs were given.
+        ratios: "bitops", "size" and, where the costs say what stays in float, "total_size" of the
+            other over those of the policy, where costs were given.
     """
 
     layers: int
@@ -234,6 +235,9 @@ class Policy:
                 "bitops": (costs.bitops(ours), costs.bitops(theirs)),
                 "size": (costs.size_bits(ours), costs.size_bits(theirs)),
             }
+            if costs.float_parameters is not None:
+                totals = (costs.total_size_bits(ours), costs.total_size_bits(theirs))
+                counts["total_size"] = totals
             ratios = {name: there / here for name, (here, there) in counts.items() if here}
         return Comparison(len(ours), changed, self.mean_bits(), other.mean_bits(), ratios)
 

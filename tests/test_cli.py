@@ -70,7 +70,8 @@ def test_a_run_leaves_all_files_and_a_table(finished_run):
     ):
         assert (out / name).stat().st_size > 0
         assert name in said
-    for word in ("accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "Seconds"):
+    titles = ("accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)")
+    for word in (*titles, "Seconds"):
         assert word in said
     assert "\x1b" not in said
     policy, costs = Policy.load(out / "policy.json"), Costs.load(out / "costs.json")

@@ -141,6 +141,15 @@ def test_a_comparison_names_the_layers_that_differ_and_what_they_cost():
     ]
 
 
+def test_a_comparison_counts_what_stays_in_float_where_costs_say_it():
+    layers = (LayerCost("a", "conv2d", 10, 4, 1), LayerCost("b", "conv2d", 20, 8, 1))
+    fixed = (LayerCost("conv1", "conv2d", 1, 4, 1),)
+    costs = Costs(layers, fixed, parameters=17, float_parameters=1)
+    other = Policy((LayerBits("a", 2, 5), LayerBits("b", 6, 3)), POLICY.fixed)
+    ratios = POLICY.compare(other, costs).ratios
+    assert ratios["total_size"] == (8 + 48 + 32 + 32) / (8 + 24 + 32 + 32)
+
+
 def test_a_policy_does_not_differ_from_itself():
     comparison = POLICY.compare(POLICY)
     assert comparison.changed == ()
