@@ -5,9 +5,9 @@
 // channels == 1 is per tensor. All pointers are to memory of the device that runs the kernel.
 //
 // A call takes a list of problems, each with sizes, scales and a data type of its own, and runs
-// them as one: the plain and the multi-bit operators pass one problem, the grouped one a problem
-// for each part of the batch axis, a bank one for each layer. They run at the same time: what one
-// writes no other one reads or writes, but for dscale as said at `adds_to_dscale`.
+// them as one: the plain and the multi-bit operators pass one problem, a bank one for each layer.
+// They run at the same time: what one writes no other one reads or writes, but for dscale as said
+// at `adds_to_dscale`.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ enum class DataType { float32, float64, float16, bfloat16 };
 /// Bits run from 2 to 16, so no quantizer has more than 15 bit-widths.
 constexpr int max_bit_widths = 15;
 
-/// Parts of one grouped call: a branch for each bit-width and one of random bits.
+/// Problems of a short list: a branch for each bit-width and one of random bits.
 constexpr int max_parts = max_bit_widths + 1;
 
 /// What forward and backward share.

@@ -495,7 +495,7 @@ struct Operators {
     return y;
   }
 
-  /// `grad` is [bit-widths, *x.shape]; where `used` is given, a slice for each bit-width in it.
+  /// `grad` is [bit-widths, *x.shape].
   static std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
       const Tensor& grad, const Tensor& x, const Tensor& scale,
       const std::vector<int64_t>& scale_rows, const std::vector<int64_t>& quant_mins,

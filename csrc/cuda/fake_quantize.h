@@ -3,7 +3,7 @@
 //
 // A list of problems is one kernel launch where it is homogeneous: of one data type, all per tensor
 // or with channels that are rows of memory (or all with channels that are columns and of one
-// alignment), as grouped calls and banks are. Otherwise it is one launch for each kind. A launch
+// alignment), as banks are. Otherwise it is one launch for each kind. A launch
 // holds 148 problems of 5 bit-widths each forward and 96 backward, in float64 118 and 82; a longer
 // list takes several. Of n problems that share a dscale each adds to the one
 // before it, which takes n launches; all other problems of the list are in the first.

@@ -27,7 +27,7 @@ constexpr int usual_bit_widths = 5;
 
 // How much a table holds. CUDA copies all of it at each launch, however much is filled, so there
 // are three: for the plain and the multi-bit operators, whose kernels then need no search either;
-// for the parts of a grouped call; and for a bank.
+// for a short list; and for a bank.
 struct One {
   template <typename Entry, typename Width>
   static constexpr int entries = 1;
