@@ -272,8 +272,9 @@ class Budget:
 
     @property
     def words(self) -> str:
-        """The budget as a sentence has it, such as ``size <= 20``."""
-        return f"{self.name} {'>=' if self.measure.inverse else '<='} {self.asked}"
+        """The budget as a sentence has it, such as ``size <= 20 bytes``."""
+        limit = in_exact_words(self.name, self.asked)
+        return f"{self.name} {'>=' if self.measure.inverse else '<='} {limit}"
 
     def rows(self, columns: Sequence[Sequence[Pair]]) -> list[Row]:
         """The rows of the program that keep it."""
@@ -473,6 +474,7 @@ _WORDS: Final = {
 }
 _TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTES: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
+_BITOPS: Final = ((10**9, "GBitOps"), (10**6, "MBitOps"), (10**3, "KBitOps"), (1, "BitOps"))
 
 
 def in_words(name: str, value: int | float) -> str:
@@ -486,13 +488,51 @@ def in_words(name: str, value: int | float) -> str:
         For example ``1,234 bytes (1.234 KB)``, where 1 KB is 1000 bytes, or ``2.5 ms``.
     """
     if name == "latency":
-        scale, unit = next((pair for pair in _TIMES if abs(value) >= pair[0]), _TIMES[0])
+        scale, unit = _scale(_TIMES, value or 1)
         return f"{value / scale:,.6g} {unit}"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    return f"{text} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+
+
+def in_exact_words(name: str, value: int | float) -> str:
+    """A limit with its unit and with every digit, so that it can be asked for again.
+
+    Args:
+        name: Name of the budget.
+        value: The limit, in the budget's unit (seconds for a latency).
+
+    Returns:
+        For example ``1,234 bytes (1.234 KB)`` or ``0.0025 s (2.5 ms)``.
+    """
+    if name == "latency":
+        return f"{value:,} s ({in_words(name, value)})"
+    return f"{value:,} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+
+
+def in_short_words(name: str, value: int | float) -> str:
+    """A limit or use with its unit, as short as a table wants it, such as ``1.234 MB``."""
     unit = _WORDS.get(name, "bits")
-    large = next((pair for pair in _BYTES if value >= pair[0]), None) if unit == "bytes" else None
-    more = f" ({value / large[0]:,.4g} {large[1]})" if large else ""
-    return f"{text} {unit}{more}"
+    if name == "latency":
+        scale, unit = _scale(_TIMES, value or 1)
+    elif unit == "bytes":
+        scale, unit = _scale((*_BYTES, (1, "bytes")), value)
+    elif unit == "BitOps":
+        scale, unit = _scale(_BITOPS, value)
+    else:
+        scale = 1
+    return f"{value / scale:,.8g} {unit}"
+
+
+def _in_large(name: str, value: int | float) -> str:
+    if _WORDS.get(name) != "bytes" or value < _BYTES[-1][0]:
+        return ""
+    scale, unit = _scale(_BYTES, value)
+    return f" ({value / scale:,.4g} {unit})"
+
+
+def _scale(scales: Sequence[tuple[float, str]], value: float) -> tuple[float, str]:
+    """The largest unit of which the value has one; the smallest where it has none of any."""
+    return next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
 
 
 def _latency(costs: Costs, table: LatencyTable) -> Measure:

@@ -747,7 +747,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _exit_code(error: Exception) -> int:
-    """Say in one line what was wrong; 2 where it is the input, 1 for what nobody expected."""
+    """Say in one line what was wrong."""
     if isinstance(error, MainProcessError):  # process 0 says it
         return 2
     show = getattr(error, "show", None)
@@ -759,7 +759,7 @@ def _exit_code(error: Exception) -> int:
     if not expected or not message:
         message = f"unexpected {type(error).__name__}: {message} ({DEBUG} shows where)"
     _say(f"limpq: {' '.join(message.split())}", file=sys.stderr)
-    return 2 if expected else 1
+    return 2
 
 
 def _message(error: Exception) -> str:

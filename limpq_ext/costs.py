@@ -14,7 +14,9 @@ from limpq_ext.files import STRICT, load_document, save_document
 from limpq_ext.reading import shown
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from .inputs import Inputs
 
 FORMAT: Final = "limpq-costs"
 VERSION: Final = 1
@@ -367,7 +369,7 @@ class Costs:
 
 def profile(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Inputs,
     *,
     fixed: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -381,7 +383,8 @@ def profile(
 
     Args:
         model: Any module that :func:`limpq_ext.prepare` accepts; it is not changed.
-        example_input: What its forward takes, with a batch axis; only shapes matter.
+        example_input: What its forward takes, with a batch axis; only shapes matter. A tuple or
+            list: several inputs. A dict: inputs by keyword.
         fixed: Names or patterns of the fixed layers. None: the first and the last that run.
         exclude: Names or patterns of modules to leave out.
 
@@ -392,6 +395,7 @@ def profile(
         ValueError: The model cannot be followed or quantized, or a name fits no layer.
     """
     # Costs are numbers, and reading them from a file does not need torch.
+    from .inputs import example_arguments
     from .trace import split_layers, trace
 
     found = trace(model, example_input, exclude=exclude)
@@ -400,13 +404,14 @@ def profile(
         layer.name: LayerCost(layer.name, layer.kind, layer.macs, layer.weights, layer.activations)
         for layer in found.layers
     }
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    positional, keywords = example_arguments(example_input)
+    inputs = (*positional, *keywords.values())
     return Costs(
         layers=tuple(costs[name] for name in costs if name not in fixed_names),
         fixed=tuple(costs[name] for name in fixed_names),
         meta={
             "model": type(model).__name__,
-            "input_shapes": [list(value.shape[1:]) for value in inputs],
+            "input_shapes": [list(value.shape[1:]) for value in inputs if hasattr(value, "shape")],
         },
         shared_inputs=found.shared_inputs,
         tensors=found.tensors,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
+from limpq_ext.budgets import in_short_words, in_words
 from limpq_ext.costs import Costs
 from limpq_ext.ilp import NoSolutionError, Solution
 from limpq_ext.indicators import Indicators
@@ -133,14 +134,16 @@ class Explanation:
                 lines.append(f"{start}{choice.objective:>12.6f}  {choice.change:>+10.6f}{mark}")
         for price in self.prices:
             lines.append(
-                f"{price.budget}: limit {price.limit:,.8g}, used {price.used:,.8g}; 1% more lowers"
+                f"{price.budget}: limit {in_words(price.budget, price.limit)},"
+                f" used {in_words(price.budget, price.used)}; 1% more lowers"
                 f" the objective by about {price.per_percent:.6f}"
                 f" (shadow price {price.per_unit:.3e}, counted in {price.unit})"
             )
         if self.moves:
-            lines.append(f"{'budget':>20}  {'moved':>6}  {'limit':>14}  {'objective':>12}  changed")
+            lines.append(f"{'budget':>20}  {'moved':>6}  {'limit':>20}  {'objective':>12}  changed")
         for move in self.moves:
-            start = f"{move.budget:>20}  {move.percent:>+5g}%  {move.limit:>14,.8g}  "
+            limit = in_short_words(move.budget, move.limit)
+            start = f"{move.budget:>20}  {move.percent:>+5g}%  {limit:>20}  "
             if move.objective is None:
                 lines.append(start + "no policy keeps it")
                 continue

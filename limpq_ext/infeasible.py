@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
-from limpq_ext.budgets import Budget, in_words
+from limpq_ext.budgets import Budget, in_exact_words, in_words
 from limpq_ext.ilp import NoSolutionError, Program, nearest
 from limpq_ext.policy import Policy
 from limpq_ext.problem import Problem
@@ -208,7 +208,8 @@ def _in_words(
         parts.append(
             f"moving {budget.name} alone does not help"
             if least is None
-            else f"the {most} {budget.name} that can be kept with all else is {least}"
+            else f"the {most} {budget.name} that can be kept with all else is"
+            f" {in_exact_words(budget.name, least)}"
         )
     if closest is not None:
         uses = []

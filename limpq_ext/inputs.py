@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""The inputs of a batch: one, several by position, or several by keyword."""
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -18,11 +21,41 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
         inputs: A tuple or list: its positional arguments. A mapping: its keyword arguments. Else
             its only argument.
     """
+    positional, keywords = arguments(inputs)
+    return model(*positional, **keywords)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments that the inputs of a batch are; see `call`."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return (), dict(inputs)
     if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def example_arguments(example_input: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a forward takes, for following it.
+
+    Args:
+        example_input: As the inputs of a batch are.
+
+    Raises:
+        ValueError: It holds no tensor, or a tensor without a batch.
+    """
+    given = arguments(example_input)
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError(
+            f"example_input is a {type(example_input).__name__} that holds no tensor, expected a"
+            " batch of at least 1"
+        )
+    for value in tensors:
+        if value.dim() == 0 or value.shape[0] == 0:
+            raise ValueError(
+                f"example_input has shape {tuple(value.shape)}, expected a batch of at least 1"
+            )
+    return given
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from limpq_ext.budgets import BUDGETS, Asked, Measure, Pair, exact_limit
+from limpq_ext.budgets import (
+    BUDGETS,
+    Asked,
+    Measure,
+    Pair,
+    exact_limit,
+    in_exact_words,
+    in_short_words,
+)
 from limpq_ext.costs import Costs
 from limpq_ext.files import STRICT, load_document, open_atomically, save_document
 from limpq_ext.indicators import Indicators
@@ -169,20 +177,22 @@ class Curve:
         places = {round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}
         if self.knee is not None:
             places.add(self.knee)
-        lines = [f"{self.over + ' limit':>24}  {'used':>14}  {'objective':>12}  mean bits"]
+        lines = [f"{self.over + ' limit':>24}  {'used':>20}  {'objective':>12}  mean bits"]
         for place in sorted(places):
             point = self.points[place]
             means = "W{:.2f} A{:.2f}".format(*point.policy.mean_bits())
             mark = "  knee" if place == self.knee else ""
             lines.append(
-                f"{point.limit:>24,.8g}  {point.used:>14,.8g}  {point.policy.objective:>12.6f}"
-                f"  {means}{mark}"
+                f"{in_short_words(self.over, point.limit):>24}"
+                f"  {in_short_words(self.over, point.used):>20}"
+                f"  {point.policy.objective:>12.6f}  {means}{mark}"
             )
         for own in self.uniform:
             above = "" if not own.best else f"{own.objective / own.best - 1:+.1%} above the curve"
             kept = above if own.allowed else "breaks another budget or restriction"
             lines.append(
-                f"{f'W{own.weight_bits}A{own.activation_bits}':>24}  {own.used:>14,.8g}"
+                f"{f'W{own.weight_bits}A{own.activation_bits}':>24}"
+                f"  {in_short_words(self.over, own.used):>20}"
                 f"  {own.objective:>12.6f}  {kept}".rstrip()
             )
         return "\n".join(lines)
@@ -275,12 +285,15 @@ def _limits(
     def whole(value: Asked) -> int:
         return measure.whole(exact_limit(measure, value, problem.costs, problem.latency_table))
 
+    def words(limit: int) -> str:
+        return in_exact_words(measure.name, measure.shown(limit) if limit > 0 else 0)
+
     first = least if start is None else whole(start)
     if first < least:
         most = "largest" if measure.inverse else "smallest"
         raise ValueError(
-            f"start: {measure.name} {measure.shown(first) if first > 0 else 0} cannot be kept with"
-            f" the other budgets; the {most} that can is {measure.shown(least)}"
+            f"start: {measure.name} {words(first)} cannot be kept with the other budgets;"
+            f" the {most} that can is {words(least)}"
         )
     if stop is None:
         last = max(first, measure.use(problem.chosen_pairs(problem.solve().chosen)))
@@ -288,8 +301,7 @@ def _limits(
         last = whole(stop)
     if last < first:
         raise ValueError(
-            f"stop: {measure.name} {measure.shown(last) if last > 0 else 0} is stricter than the"
-            f" start, {measure.shown(first)}"
+            f"stop: {measure.name} {words(last)} is stricter than the start, {words(first)}"
         )
     return sorted({first + (last - first) * i // (points - 1) for i in range(points)})
 

@@ -6,10 +6,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import copied, with_layers
+from .inputs import Inputs, arguments
 from .layers import (
     QuantizedLayer,
     SwitchableBatchNorm,
@@ -27,7 +28,7 @@ def prepare(
     model: nn.Module,
     bits: Sequence[int] = (2, 3, 4, 5, 6),
     *,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Inputs,
     fixed: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     per_channel_weights: bool = False,
@@ -48,7 +49,8 @@ def prepare(
     Args:
         model: The float model; it is left as it is.
         bits: Candidate bit-widths, each 2 to 16.
-        example_input: What the model's forward takes, with a batch axis; only shapes matter.
+        example_input: What the model's forward takes, with a batch axis; only shapes matter. A
+            tuple or list: several inputs. A dict: inputs by keyword.
         fixed: Names or patterns of the layers to leave in float here and at 8 bits later. None: the
             first and the last quantizable layer that runs.
         exclude: Names or patterns of modules to leave in float for good.
@@ -100,7 +102,7 @@ def apply_policy(
     model: nn.Module,
     policy: Policy,
     *,
-    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    example_input: Inputs | None = None,
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
@@ -116,7 +118,7 @@ def apply_policy(
         model: The float model, or a prepared one; it is left as it is.
         policy: Bits for layers of this model by name, the fixed ones included. Projections of
             attention have the names that :func:`prepare` gives them.
-        example_input: What the model's forward takes; only shapes matter. With it is proven here
+        example_input: What the model's forward takes, likewise. With it is proven here
             that every layer of the policy computes with what its quantizers put out. None: the
             first forward begins with that proof, and raises the same error.
         per_channel_weights: One weight scale per output channel, in layers that are float.
@@ -212,9 +214,8 @@ def select_bits(model: nn.Module, bits: int | Mapping[str, tuple[int, int]]) -> 
             module.select(chosen[module.source][0])
 
 
-def _check_quantized(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> None:
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    bypassed = check_quantized(model, inputs)
+def _check_quantized(model: nn.Module, example_input: Inputs) -> None:
+    bypassed = check_quantized(model, *arguments(example_input))
     if bypassed:
         raise ValueError(in_float(dict(model.named_modules()), bypassed))
 

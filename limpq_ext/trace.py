@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .attention import ProjectedAttention, with_layers
 from .costs import LiveTensor
+from .inputs import Inputs, example_arguments
 from .layers import (
     QuantizedLayer,
     SwitchableBatchNorm,
@@ -121,7 +122,7 @@ _MOVES = {
 
 def trace(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Inputs,
     *,
     exclude: Sequence[str] = (),
 ) -> Trace:
@@ -130,7 +131,7 @@ def trace(
     Args:
         model: Any module; it is not changed.
         example_input: What its forward takes, with a leading batch axis of at least 1; the values
-            do not matter.
+            do not matter. A tuple or list: several inputs. A dict: inputs by keyword.
         exclude: Names or patterns (``"head.*"``) of modules to leave in float and not count.
 
     Raises:
@@ -151,19 +152,17 @@ def trace(
     probed = with_probes(model, lambda name: excluded(name) or name in refused)
     watch = Watch(probed, excluded)
     recorder = _Recorder({module: name for name, module in watch.modules.items()}, exclude)
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for value in inputs:
-        if value.dim() == 0 or value.shape[0] == 0:
-            raise ValueError(
-                f"example_input has shape {tuple(value.shape)}, expected a batch of at least 1"
-            )
+    inputs = example_arguments(example_input)
     recorder.register_hooks()
     with fakes_only() as fake_mode:
-        fakes = [fake_mode.from_tensor(value[:1].detach()) for value in inputs]
+        positional, keywords = tree_map_only(
+            Tensor, lambda value: fake_mode.from_tensor(value[:1].detach()), inputs
+        )
+        fakes = [leaf for leaf in tree_leaves((positional, keywords)) if isinstance(leaf, Tensor)]
         recorder.start(fakes)
         try:
             with fake_mode:
-                output = watch.follow(probed, fakes, {}, recorder)
+                output = watch.follow(probed, positional, keywords, recorder)
         except UnfollowedError as error:
             if refused:
                 raise ValueError(refusal(modules, refused)) from error

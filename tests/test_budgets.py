@@ -17,6 +17,8 @@ from limpq_ext.budgets import (
 from limpq_ext.budgets import (
     ShareOf8Bit,
     UniformLevel,
+    in_exact_words,
+    in_short_words,
     in_words,
     make_budgets,
     make_measure,
@@ -161,3 +163,20 @@ def test_a_share_has_to_be_a_number(value):
 )
 def test_amounts_are_said_in_one_unit_that_is_what_it_says(name, value, words):
     assert in_words(name, value) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "exact", "short"),
+    [
+        ("size", 12.5, "12.5 bytes", "12.5 bytes"),
+        ("size", 1234567.125, "1,234,567.125 bytes (1.235 MB)", "1.2345671 MB"),
+        ("bitops", 10814566400, "10,814,566,400 BitOps", "10.814566 GBitOps"),
+        ("bitops", 12, "12 BitOps", "12 BitOps"),
+        ("latency", 0.002512345678912, "0.002512345678912 s (2.51235 ms)", "2.5123457 ms"),
+        ("mean_weight_bits", 3.1234567890123, "3.1234567890123 bits", "3.1234568 bits"),
+        ("compression", 12.2, "12.2 times smaller", "12.2 times smaller"),
+    ],
+)
+def test_a_limit_is_said_with_every_digit_or_as_short_as_a_table_wants(name, value, exact, short):
+    assert in_exact_words(name, value) == exact
+    assert in_short_words(name, value) == short

@@ -668,10 +668,10 @@ def test_an_error_that_nobody_expected_is_one_line_too(limpq, monkeypatch):
 
     monkeypatch.setattr("limpq_ext.recipe.shipped_recipes", fail)
     code, _, error = limpq("recipes")
-    assert code == 1
+    assert code == 2
     assert error == "limpq: unexpected KeyError: 'layer' (--debug shows where)\n"
     code, _, error = limpq("recipes", "--debug")
-    assert code == 1
+    assert code == 2
     assert "Traceback" in error
 
 

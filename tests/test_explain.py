@@ -125,5 +125,5 @@ def test_a_limit_cannot_move_to_nothing(percent):
 
 
 def test_a_question_without_a_policy_is_explained():
-    with pytest.raises(InfeasibleError, match=r"no policy keeps mean_weight_bits <= 1\.5"):
+    with pytest.raises(InfeasibleError, match=r"no policy keeps mean_weight_bits <= 1\.5 bits"):
         explain(*example(), "layer0", mean_weight_bits=1.5)

@@ -153,8 +153,8 @@ def test_one_budget_that_cannot_be_kept_is_said_in_words():
     assert error.smallest == {"bitops": 1212}
     assert error.nearest.bits()["layer0"] == (2, 2)
     assert str(error) == (
-        "no policy keeps bitops <= 1000; the smallest bitops that can be kept with all else is"
-        " 1212; the nearest policy uses bitops 1,212 BitOps (21.200% above the limit),"
+        "no policy keeps bitops <= 1,000 BitOps; the smallest bitops that can be kept with all else"
+        " is 1,212 BitOps; the nearest policy uses bitops 1,212 BitOps (21.200% above the limit),"
         " mean_weight_bits 2 bits (kept)"
     )
 
@@ -169,12 +169,15 @@ def test_several_conflicts_are_told_one_at_a_time():
         search(*example(), bitops=1000, size=1, compression=12, mean_weight_bits=2)
     assert caught.value.conflict == ("bitops",)
     assert caught.value.smallest == {"bitops": None}
-    assert "no policy keeps bitops <= 1000; moving bitops alone does not help" in str(caught.value)
+    message = "no policy keeps bitops <= 1,000 BitOps; moving bitops alone does not help"
+    assert message in str(caught.value)
     assert "compression 11.2 times smaller (6.667% below the limit)" in str(caught.value)
 
 
 def test_a_fixed_part_above_the_size_is_impossible():
-    with pytest.raises(InfeasibleError, match=r"size <= 4; the smallest size .* is 12.5"):
+    with pytest.raises(
+        InfeasibleError, match=r"size <= 4 bytes; the smallest size .* is 12\.5 bytes"
+    ):
         search(*example(), size=4)
 
 
@@ -182,7 +185,8 @@ def test_budgets_against_restrictions_name_both():
     with pytest.raises(InfeasibleError) as caught:
         search(*example(), mean_weight_bits=2.5, min_bits={"*": (3, 2)}, tied="*")
     assert caught.value.conflict == ("mean_weight_bits", "min_bits['*']")
-    assert "no policy keeps mean_weight_bits <= 2.5 and min_bits['*'] together" in str(caught.value)
+    message = "no policy keeps mean_weight_bits <= 2.5 bits and min_bits['*'] together"
+    assert message in str(caught.value)
     assert caught.value.smallest == {"mean_weight_bits": 3}
 
 

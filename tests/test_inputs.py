@@ -16,6 +16,7 @@ from limpq_ext import (
     evaluate,
     finetune,
     prepare,
+    profile,
     quantized_layers,
     reestimate_batch_norm,
 )
@@ -91,7 +92,7 @@ def network(form):
 
 
 def prepared_network(form):
-    example = batches(stacked if form is stacked else as_tuple)[0][0]
+    example = batches(form)[0][0]
     return prepare(network(form), BITS, example_input=example, fixed=["pictures.0", "head"])
 
 
@@ -199,6 +200,53 @@ def test_cuda_graphs_refuse_several_inputs_and_say_so():
     )
     with pytest.raises(ValueError, match=message):
         trainer.step(*batches(as_keywords)[0])
+
+
+class Named(nn.Module):
+    """Takes all its inputs by keyword alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = Pictures()
+
+    def forward(self, *, input, numbers, scaled=None):
+        return self.network(input, numbers if scaled is None else scaled)
+
+
+@pytest.mark.parametrize("form", [as_keywords, as_mapping])
+def test_a_forward_of_keywords_is_prepared_profiled_and_quantized(form):
+    given = batches(form)[0][0]
+    torch.manual_seed(0)
+    model = Named()
+    fixed = ["network.pictures.0", "network.head"]
+    costs = profile(model, given, fixed=fixed)
+    by_position = profile(Pictures(), batches(as_tuple)[0][0], fixed=["pictures.0", "head"])
+    assert [layer.name for layer in costs.layers] == [
+        f"network.{layer.name}" for layer in by_position.layers
+    ]
+    assert [layer.macs for layer in costs.layers] == [layer.macs for layer in by_position.layers]
+    assert {tuple(shape) for shape in costs.meta["input_shapes"]} == {(3, 8, 8), (4,)}
+    prepared = prepare(model, BITS, example_input=given, fixed=fixed)
+    prepared(**given)
+    policy = Policy.uniform(costs, 4, 4)
+    quantized = apply_policy(model, policy, example_input=given)
+    assert call(quantized, given).shape == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "example_input is a dict that holds no tensor"),
+        ((), "example_input is a tuple that holds no tensor"),
+        (None, "example_input is a NoneType that holds no tensor"),
+        ({"input": torch.ones(())}, r"example_input has shape \(\), expected a batch"),
+    ],
+)
+def test_an_example_without_a_batch_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(Named(), BITS, example_input=given)
+    with pytest.raises(ValueError, match=message):
+        profile(Named(), given)
 
 
 def test_only_a_batch_itself_and_its_mappings_are_unpacked():
