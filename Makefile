@@ -13,8 +13,8 @@ TORCH ?= 2.11.0
 TORCHVISION ?= 0.26.0
 OTHER := .venv-torch-$(TORCH)
 # What depends on torch: operators, bank, joint step, prepare, pipeline and compilers.
-TORCH_TESTS := $(addprefix tests/test_,ops.py ops_any_shape.py ops_random.py ops_safety.py bank.py \
-	joint.py prepare.py pipeline.py dynamic_shapes.py cuda_graph.py)
+TORCH_TESTS := tests/kernels tests/conversion/test_prepare.py tests/joint/test_trainer.py \
+	tests/joint/test_cuda_graph.py tests/app/test_run.py
 
 .PHONY: help demo test test-all test-torch dist bench lint format clean
 
@@ -54,7 +54,7 @@ test-torch: dist/built
 	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt \
 		torch==$(TORCH) torchvision==$(TORCHVISION) pytest pytest-xdist hypothesis "$$(echo dist/*.whl)[cli,timm]"
 	$(OTHER)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	cd $(OTHER) && bin/python -c "import limpq_ext.ops, torch; print(torch.__version__, limpq_ext.ops.build_info())"
+	cd $(OTHER) && bin/python -c "import torch; from limpq_ext.kernels.ops import build_info; print(torch.__version__, build_info())"
 	OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TORCH_TESTS)
 
 demo: $(INSTALLED)
@@ -82,4 +82,4 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info limpq_ext/*.so
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info limpq_ext/kernels/*.so

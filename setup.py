@@ -127,13 +127,13 @@ def sources(*patterns: str) -> list[str]:
 
 
 def cpu_library() -> Extension:
-    """limpq_ext._cpu: the operators' schemas and their CPU kernels."""
+    """limpq_ext.kernels._cpu: the operators' schemas and their CPU kernels."""
     definitions = [
         f'-DLIMPQ_BUILD_FLAGS="{" ".join(CXX_FLAGS)}"',
         f'-DLIMPQ_TORCH_VERSION="{torch.__version__}"',
     ]
     return cpp_extension.CppExtension(
-        "limpq_ext._cpu",
+        "limpq_ext.kernels._cpu",
         sources("csrc/operators.cpp", "csrc/cpu/*.cpp"),
         depends=headers(),
         extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, *definitions]},
@@ -142,7 +142,7 @@ def cpu_library() -> Extension:
 
 
 def cuda_library(toolkit: Path, version: str) -> Extension:
-    """limpq_ext._cuda: the operators' CUDA kernels."""
+    """limpq_ext.kernels._cuda: the operators' CUDA kernels."""
     architectures = cuda_architectures()
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     cpp_extension.CUDA_HOME = str(toolkit)
@@ -152,7 +152,7 @@ def cuda_library(toolkit: Path, version: str) -> Extension:
         f'-DLIMPQ_CUDA_ARCHITECTURES="{architectures}"',
     ]
     return cpp_extension.CUDAExtension(
-        "limpq_ext._cuda",
+        "limpq_ext.kernels._cuda",
         sources("csrc/operators_cuda.cpp", "csrc/cuda/*.cu"),
         depends=headers(),
         extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, *definitions], "nvcc": NVCC_FLAGS},

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 import limpq_ext as lq
-from limpq_ext.costs import Costs
-from limpq_ext.files import write_json
-from limpq_ext.glyphs import CLASSES, GlyphImages
-from limpq_ext.ilp import Row, minimise
-from limpq_ext.indicators import Indicators, LayerIndicators
-from limpq_ext.models import CifarResNet, load_weights, save_weights
-from limpq_ext.policy import LayerBits, Policy
-from limpq_ext.training import make_optimizer, run_epochs
+from limpq_ext.app.models import CifarResNet, load_weights, save_weights
+from limpq_ext.data.glyphs import CLASSES, GlyphImages
+from limpq_ext.ilp.program import Row, minimise
+from limpq_ext.training.loop import make_optimizer, run_epochs
+from limpq_ext.values.costs import Costs
+from limpq_ext.values.files import write_json
+from limpq_ext.values.indicators import Indicators, LayerIndicators
+from limpq_ext.values.policy import LayerBits, Policy
 
 from .hessian import hessian_scores
 from .report import describe_run

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from limpq_ext.prepare import quantized_layers
+from limpq_ext.conversion.prepare import quantized_layers
 
 try:
-    from limpq_ext.bank import WeightBank
+    from limpq_ext.kernels.bank import WeightBank
 except ModuleNotFoundError as error:
-    if error.name != "limpq_ext.bank":
+    if error.name != "limpq_ext.kernels.bank":
         raise
     WeightBank = None
 

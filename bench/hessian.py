@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import limpq_ext as lq
-from limpq_ext.ops import thresholds
+from limpq_ext.kernels.ops import thresholds
 
 
 def hessian_scores(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limpq_ext.ops import SCALE_MIN
-from limpq_ext.prepare import quantized_layers
-from limpq_ext.quantizers import weight_start_scale
+from limpq_ext.conversion.prepare import quantized_layers
+from limpq_ext.kernels.ops import SCALE_MIN
+from limpq_ext.nn.quantizers import weight_start_scale
 
 
 class Thresholds(NamedTuple):

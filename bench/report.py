@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import limpq_ext
-from limpq_ext.files import open_atomically, write_json
-from limpq_ext.ops import build_info
+from limpq_ext.kernels.ops import build_info
+from limpq_ext.values.files import open_atomically, write_json
 
 from .timing import Comparison
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from limpq_ext.costs import FLOAT_BITS, Costs, profile
-from limpq_ext.ilp import Program, Row, minimise
-from limpq_ext.indicators import Indicators, LayerIndicators
-from limpq_ext.models import create_shapes
+from limpq_ext.app.models import create_shapes
+from limpq_ext.ilp.program import Program, Row, minimise
+from limpq_ext.values.costs import FLOAT_BITS, Costs, profile
+from limpq_ext.values.indicators import Indicators, LayerIndicators
 
 from .report import OURS, Result, contention, markdown, show_seconds
 from .timing import Contender, OtherProcesses, Turns, compare_samples

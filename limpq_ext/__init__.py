@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # The list that type checkers read is the only one.
@@ -25,17 +23,6 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-class _Package(ModuleType):
-    """Keeps a function's name for the function where its module has the same, such as search."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

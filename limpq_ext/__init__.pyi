@@ -1,110 +1,58 @@
 # What people import, and where it is defined: read by type checkers, and by __init__.py.
-from .bank import WeightBank as WeightBank
-from .budgets import (
-    ShareOf8Bit as ShareOf8Bit,
-)
-from .budgets import (
-    UniformLevel as UniformLevel,
-)
-from .budgets import (
-    of_8bit as of_8bit,
-)
-from .budgets import (
-    uniform as uniform,
-)
-from .calibration import calibrate as calibrate
-from .calibration import reestimate_batch_norm as reestimate_batch_norm
-from .checkpoint import Checkpoint as Checkpoint
-from .costs import Costs as Costs
-from .costs import profile as profile
-from .data import Data as Data
-from .data import make_loader as make_loader
-from .datasets import load_data as load_data
-from .ends import Interrupted as Interrupted
-from .evaluation import (
-    Confusion as Confusion,
-)
-from .evaluation import (
-    Evaluation as Evaluation,
-)
-from .evaluation import (
-    confuse as confuse,
-)
-from .evaluation import (
-    evaluate as evaluate,
-)
-from .explain import Explanation as Explanation
-from .explain import explain as explain
-from .failures import NonFiniteError as NonFiniteError
-from .files import FileFormatError as FileFormatError
-from .finetune import finetune as finetune
-from .indicators import Indicators as Indicators
-from .infeasible import InfeasibleError as InfeasibleError
-from .joint import JointStep as JointStep
-from .joint import JointTrainer as JointTrainer
-from .latency import LatencyEntry as LatencyEntry
-from .latency import LatencyTable as LatencyTable
-from .layers import (
-    QuantConv1d as QuantConv1d,
-)
-from .layers import (
-    QuantConv2d as QuantConv2d,
-)
-from .layers import (
-    QuantConv3d as QuantConv3d,
-)
-from .layers import (
-    QuantConvTranspose1d as QuantConvTranspose1d,
-)
-from .layers import (
-    QuantConvTranspose2d as QuantConvTranspose2d,
-)
-from .layers import (
-    QuantConvTranspose3d as QuantConvTranspose3d,
-)
-from .layers import (
-    QuantizedLayer as QuantizedLayer,
-)
-from .layers import (
-    QuantLinear as QuantLinear,
-)
-from .layers import (
-    SwitchableBatchNorm as SwitchableBatchNorm,
-)
-from .metrics import Journal as Journal
-from .metrics import MetricsFile as MetricsFile
-from .metrics import TensorBoard as TensorBoard
-from .ops import (
-    lsq_fake_quantize as lsq_fake_quantize,
-)
-from .ops import (
-    lsq_fake_quantize_multi as lsq_fake_quantize_multi,
-)
-from .pareto import Curve as Curve
-from .pareto import pareto as pareto
-from .policy import Policy as Policy
-from .prepare import (
-    apply_policy as apply_policy,
-)
-from .prepare import (
-    prepare as prepare,
-)
-from .prepare import (
-    quantized_layers as quantized_layers,
-)
-from .prepare import (
-    select_bits as select_bits,
-)
-from .quantizers import (
-    ActivationQuantizer as ActivationQuantizer,
-)
-from .quantizers import (
-    LsqQuantizer as LsqQuantizer,
-)
-from .quantizers import (
-    WeightQuantizer as WeightQuantizer,
-)
-from .search import search as search
-from .training import Recording as Recording
+from .allocation.budgets import ShareOf8Bit as ShareOf8Bit
+from .allocation.budgets import UniformLevel as UniformLevel
+from .allocation.budgets import of_8bit as of_8bit
+from .allocation.budgets import uniform as uniform
+from .allocation.explain import Explanation as Explanation
+from .allocation.explain import explain as explain
+from .allocation.infeasible import InfeasibleError as InfeasibleError
+from .allocation.pareto import Curve as Curve
+from .allocation.pareto import pareto as pareto
+from .allocation.search import search as search
+from .conversion.prepare import apply_policy as apply_policy
+from .conversion.prepare import prepare as prepare
+from .conversion.prepare import quantized_layers as quantized_layers
+from .conversion.prepare import select_bits as select_bits
+from .data.datasets import load_data as load_data
+from .data.loading import Data as Data
+from .data.loading import make_loader as make_loader
+from .joint.trainer import JointStep as JointStep
+from .joint.trainer import JointTrainer as JointTrainer
+from .kernels.bank import WeightBank as WeightBank
+from .kernels.ops import lsq_fake_quantize as lsq_fake_quantize
+from .kernels.ops import lsq_fake_quantize_multi as lsq_fake_quantize_multi
+from .nn.layers import QuantConv1d as QuantConv1d
+from .nn.layers import QuantConv2d as QuantConv2d
+from .nn.layers import QuantConv3d as QuantConv3d
+from .nn.layers import QuantConvTranspose1d as QuantConvTranspose1d
+from .nn.layers import QuantConvTranspose2d as QuantConvTranspose2d
+from .nn.layers import QuantConvTranspose3d as QuantConvTranspose3d
+from .nn.layers import QuantizedLayer as QuantizedLayer
+from .nn.layers import QuantLinear as QuantLinear
+from .nn.layers import SwitchableBatchNorm as SwitchableBatchNorm
+from .nn.quantizers import ActivationQuantizer as ActivationQuantizer
+from .nn.quantizers import LsqQuantizer as LsqQuantizer
+from .nn.quantizers import WeightQuantizer as WeightQuantizer
+from .training.calibration import calibrate as calibrate
+from .training.calibration import reestimate_batch_norm as reestimate_batch_norm
+from .training.checkpoint import Checkpoint as Checkpoint
+from .training.evaluation import Confusion as Confusion
+from .training.evaluation import Evaluation as Evaluation
+from .training.evaluation import confuse as confuse
+from .training.evaluation import evaluate as evaluate
+from .training.finetune import finetune as finetune
+from .training.loop import Recording as Recording
+from .training.metrics import Journal as Journal
+from .training.metrics import MetricsFile as MetricsFile
+from .training.metrics import TensorBoard as TensorBoard
+from .training.nonfinite import NonFiniteError as NonFiniteError
+from .training.signals import Interrupted as Interrupted
+from .values.costs import Costs as Costs
+from .values.costs import profile as profile
+from .values.files import FileFormatError as FileFormatError
+from .values.indicators import Indicators as Indicators
+from .values.latency import LatencyEntry as LatencyEntry
+from .values.latency import LatencyTable as LatencyTable
+from .values.policy import Policy as Policy
 
 __version__: str

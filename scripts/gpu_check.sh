@@ -83,7 +83,7 @@ step build 240 env LIMPQ_CUDA=1 TORCH_CUDA_ARCH_LIST="$architectures" \
   "$python" setup.py egg_info build_ext --inplace
 step import 60 "$python" -c '
 import sys
-from limpq_ext.ops import build_info
+from limpq_ext.kernels.ops import build_info
 sys.exit(None if "cuda version" in build_info() else "the build has no CUDA kernels")
 '
 step tests 180 "$python" -m pytest -m "cuda and not slow" --durations=10 -p no:cacheprovider tests
@@ -91,7 +91,7 @@ for tool in memcheck racecheck initcheck; do
   # Without torch's cache every tensor is an allocation, beyond whose ends the tools see.
   step $tool 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -m sanitizer -p no:cacheprovider tests/test_cuda.py
+    "$python" -m pytest -m sanitizer -p no:cacheprovider tests/kernels/test_cuda.py
 done
 step bench 120 "$python" -m bench.record --device cuda --quick --out "$out"
 # The large vectors, in each direction and dtype, as far as the time goes.

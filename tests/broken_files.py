@@ -49,12 +49,12 @@ from limpq_ext import (
     profile,
     search,
 )
-from limpq_ext.checkpoint import Checkpoint, write_sealed
-from limpq_ext.metrics import MetricsFile
-from limpq_ext.models import load_weights, save_weights
-from limpq_ext.pareto import Curve, pareto
-from limpq_ext.recipe import Recipe, dump_recipe, load_recipe, load_restrictions
-from limpq_ext.training import Recording
+from limpq_ext.allocation.pareto import Curve, pareto
+from limpq_ext.app.models import load_weights, save_weights
+from limpq_ext.app.recipe import Recipe, dump_recipe, load_recipe, load_restrictions
+from limpq_ext.training.checkpoint import Checkpoint, write_sealed
+from limpq_ext.training.loop import Recording
+from limpq_ext.training.metrics import MetricsFile
 
 BITS = (2, 4)
 SECONDS = 10
@@ -269,7 +269,7 @@ def use_costs(path: Path) -> None:
 
 
 def read_stages(path: Path) -> Any:
-    from limpq_ext.stages import read_record
+    from limpq_ext.app.stages import read_record
 
     return read_record(path)
 

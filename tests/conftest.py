@@ -17,7 +17,7 @@ def skip_without_cuda(request):
         return
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
-    from limpq_ext.ops import build_info
+    from limpq_ext.kernels.ops import build_info
 
     if "cuda version" not in build_info():
         pytest.skip("this build of limpq_ext has no CUDA kernels")
@@ -42,7 +42,7 @@ def heeding_interrupts():
 @pytest.fixture
 def limpq(monkeypatch, capsys, tmp_path):
     """Runs the command line in a folder of its own: exit code, standard output, errors."""
-    from limpq_ext import cli
+    from limpq_ext.app import cli
 
     monkeypatch.chdir(tmp_path)
 

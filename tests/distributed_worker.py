@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, evaluate, finetune, prepare
-from limpq_ext.data import make_loader
-from limpq_ext.distributed import GradientExchange, process_group, rank, world_size
-from limpq_ext.failures import NonFiniteError
+from limpq_ext.data.loading import make_loader
+from limpq_ext.training.distributed import GradientExchange, process_group, rank, world_size
+from limpq_ext.training.nonfinite import NonFiniteError
 
 BITS = (2, 4, 6)
 BATCH = 8

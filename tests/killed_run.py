@@ -15,10 +15,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from limpq_ext import pipeline
-from limpq_ext.datasets import load_data
-from limpq_ext.distributed import process_group
-from limpq_ext.recipe import load_recipe
+from limpq_ext.app import run as pipeline
+from limpq_ext.app.recipe import load_recipe
+from limpq_ext.data.datasets import load_data
+from limpq_ext.training.distributed import process_group
 
 
 class Quiet:

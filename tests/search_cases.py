@@ -10,9 +10,9 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from limpq_ext.costs import Costs, LayerCost, LiveTensor
-from limpq_ext.indicators import Indicators, LayerIndicators
-from limpq_ext.latency import LatencyEntry, LatencyTable
+from limpq_ext.values.costs import Costs, LayerCost, LiveTensor
+from limpq_ext.values.indicators import Indicators, LayerIndicators
+from limpq_ext.values.latency import LatencyEntry, LatencyTable
 
 BUDGETS = (
     "bitops",

@@ -1,0 +1,555 @@
+"""Budgets: what a policy may use, counted in exact integers.
+
+A user says a budget in its own unit (BitOps, bytes, seconds, ...), as a number, as what a uniform
+policy uses, or as a share of what 8 bits use. A limit that is given as a decimal is taken as that
+decimal and rounded down to a whole bit, BitOp or fraction of a second, which loses nothing, because
+all costs are integers in these units.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any, Final
+
+from limpq_ext.ilp.program import Row
+from limpq_ext.values.bits import check_bits
+from limpq_ext.values.costs import FLOAT_BITS, Costs
+from limpq_ext.values.latency import LatencyTable
+
+Number = int | float | Fraction | Decimal
+Pair = tuple[int, int]
+"""Weight bits and activation bits of one layer."""
+
+BUDGETS: Final = (
+    "bitops",
+    "size",
+    "total_size",
+    "compression",
+    "mean_weight_bits",
+    "mean_activation_bits",
+    "bits_per_weight",
+    "bits_per_activation",
+    "activation_memory",
+    "latency",
+)
+"""The names of all budgets, as `search` takes them."""
+
+_RANGE: Final = 300  # largest power of ten, up or down, that a number may have
+
+
+@dataclass(frozen=True)
+class UniformLevel:
+    """A budget given as what the uniform policy of these bits uses; see `uniform`.
+
+    Attributes:
+        weight_bits: Bit-width of the weights of all searchable layers.
+        activation_bits: Bit-width of their activations.
+
+    Raises:
+        TypeError: If a bit-width is not an integer.
+        ValueError: If a bit-width is outside 2 to 16.
+    """
+
+    weight_bits: int
+    activation_bits: int
+
+    def __post_init__(self) -> None:
+        check_bits("uniform level, weights", self.weight_bits)
+        check_bits("uniform level, activations", self.activation_bits)
+
+
+@dataclass(frozen=True)
+class ShareOf8Bit:
+    """A budget given as a share of what the uniform 8-bit policy uses; see `of_8bit`.
+
+    Attributes:
+        share: The share; 0.25 is a quarter.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive and finite.
+    """
+
+    share: Number
+
+    def __post_init__(self) -> None:
+        exact_number("share of 8 bits", self.share)
+
+
+Asked = Number | UniformLevel | ShareOf8Bit | str
+"""A limit; a string is read by `parse_budget`."""
+
+
+def uniform(weight_bits: int, activation_bits: int) -> UniformLevel:
+    """The budget that a uniform policy uses: ``search(..., bitops=uniform(3, 4))``.
+
+    Args:
+        weight_bits: Bit-width of the weights of all searchable layers.
+        activation_bits: Bit-width of their activations; a size budget takes no notice of it.
+
+    Returns:
+        The level, for any budget.
+
+    Raises:
+        TypeError: If a bit-width is not an integer.
+        ValueError: If a bit-width is outside 2 to 16.
+    """
+    return UniformLevel(weight_bits, activation_bits)
+
+
+def of_8bit(share: Number) -> ShareOf8Bit:
+    """A share of what the uniform 8-bit policy uses: ``search(..., latency=of_8bit(0.6))``.
+
+    Args:
+        share: The share, for example 0.25 for a quarter.
+
+    Returns:
+        The share, for any budget but the compression, which is a ratio already.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive and finite.
+    """
+    return ShareOf8Bit(share)
+
+
+def parse_budget(name: str, text: str) -> Asked:
+    """Read a budget as the command line and recipes have it.
+
+    Args:
+        name: The budget, for the error.
+        text: A number (``1.2e9``), a level (``w3a4``) or a share of 8 bits (``25%``).
+
+    Returns:
+        The budget.
+
+    Raises:
+        ValueError: If it is none of these, or its bits are outside 2 to 16.
+    """
+    level = re.fullmatch(r"[wW](\d{1,3})[aA](\d{1,3})", text.strip())
+    if level:
+        return UniformLevel(int(level[1]), int(level[2]))
+    try:
+        number = Decimal(text.strip().removesuffix("%"))
+    except InvalidOperation:
+        kinds = "a number, a level such as w3a4 or a share of 8 bits such as 25%"
+        raise ValueError(f"{name}: {text!r} is not {kinds}") from None
+    if text.strip().endswith("%"):
+        return ShareOf8Bit(exact_number(name, number) / 100)
+    return number
+
+
+def exact_number(name: str, value: Any, *, zero: bool = False) -> Fraction:
+    """The number that the user typed, exactly: 12.2 is 122/10, not the nearest binary fraction.
+
+    Args:
+        name: What the error calls it.
+        value: The number.
+        zero: Whether it may be 0.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If it is not a real number.
+        ValueError: If it is negative, 0 unasked, infinite, NaN, or beyond 1e300 or 1e-300.
+    """
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    finite = isinstance(value, numbers.Rational) or math.isfinite(value)
+    if not finite or value < 0 or (value == 0 and not zero):
+        wanted = "finite and not negative" if zero else "positive and finite"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    if isinstance(value, Decimal) and value and abs(value.adjusted()) > _RANGE:
+        exact = None  # a fraction of it would have too many digits to be held
+    else:
+        exact = Fraction(str(value))
+    if exact is None or (exact and not Fraction(1, 10**_RANGE) <= exact <= 10**_RANGE):
+        raise ValueError(f"{name} must be between 1e-{_RANGE} and 1e{_RANGE}, got {value}")
+    return exact
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the use of one budget is counted in a network, in whole units.
+
+    What counts is the largest of some sums; all but the activation memory have only one.
+
+    Attributes:
+        name: Name of the budget.
+        unit: What is counted.
+        constants: For each sum, the part that is the same for every policy.
+        costs: For each sum, the cost of (place of a searchable layer, its bits).
+        per_unit: Whole units in one of the user's units.
+        inverse: The user's value is ``per_unit`` divided by the use, and larger is stricter.
+        places: For each sum, the places of the layers that it depends on; empty: of all in all.
+    """
+
+    name: str
+    unit: str
+    constants: tuple[int, ...]
+    costs: tuple[Callable[[int, Pair], int], ...]
+    per_unit: int = 1
+    inverse: bool = False
+    places: tuple[tuple[int, ...], ...] = ()
+
+    def use(self, pairs: Sequence[Pair]) -> int:
+        """What a policy uses, in whole units.
+
+        Args:
+            pairs: Weight and activation bits of the searchable layers, in the costs' order.
+        """
+        return max(
+            constant + sum(cost(place, pairs[place]) for place in places)
+            for constant, cost, places in self._sums(len(pairs))
+        )
+
+    def rows(self, columns: Sequence[Sequence[Pair]], limit: int | None) -> list[Row]:
+        """The rows of the program that keep the use within a limit in whole units.
+
+        A limit above all that can be used is lowered to that, so that it fits a float; None is
+        such a limit.
+        """
+        rows = []
+        nothing = [[0] * len(layer) for layer in columns]
+        for constant, cost, places in self._sums(len(columns)):
+            table = list(nothing)
+            for place in places:
+                table[place] = [cost(place, pair) for pair in columns[place]]
+            most = sum(max(table[place]) for place in places)
+            rows.append(Row(table, most if limit is None else min(limit - constant, most)))
+        return rows
+
+    def _sums(self, layers: int) -> Iterator[tuple[int, Callable[[int, Pair], int], Sequence[int]]]:
+        """Each sum: its constant, its costs, and the places that it depends on."""
+        places = self.places or (range(layers),) * len(self.costs)
+        return zip(self.constants, self.costs, places, strict=True)
+
+    def whole(self, value: Fraction) -> int:
+        """The most whole units that a limit in the user's units allows."""
+        return math.floor(self.per_unit / value if self.inverse else value * self.per_unit)
+
+    def exact(self, use: int) -> Fraction:
+        """A use in the user's units, exactly."""
+        return Fraction(self.per_unit, use) if self.inverse else Fraction(use, self.per_unit)
+
+    def shown(self, use: int) -> int | float:
+        """A use in the user's units, rounded such that it can be asked for as a limit again."""
+        exact = self.exact(use)
+        if exact.denominator == 1:
+            return int(exact)
+        value = float(exact)
+        if self.inverse:
+            return value if Fraction(str(value)) <= exact else math.nextafter(value, -math.inf)
+        return value if Fraction(str(value)) >= exact else math.nextafter(value, math.inf)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A measure with its limit.
+
+    Attributes:
+        measure: How its use is counted.
+        asked: The limit in the user's units.
+        limit: The limit in whole units.
+    """
+
+    measure: Measure
+    asked: int | float
+    limit: int
+
+    @property
+    def name(self) -> str:
+        """The name of the budget."""
+        return self.measure.name
+
+    @property
+    def words(self) -> str:
+        """The budget as a sentence has it, such as ``size <= 20 bytes``."""
+        limit = in_exact_words(self.name, self.asked)
+        return f"{self.name} {'>=' if self.measure.inverse else '<='} {limit}"
+
+    def rows(self, columns: Sequence[Sequence[Pair]]) -> list[Row]:
+        """The rows of the program that keep it."""
+        return self.measure.rows(columns, self.limit)
+
+
+def make_budgets(
+    costs: Costs,
+    columns: Sequence[Sequence[Pair]],
+    asked: Mapping[str, Asked | None],
+    latency_table: LatencyTable | None,
+) -> tuple[Budget, ...]:
+    """The budgets that a user asked for.
+
+    Args:
+        costs: Costs of the network.
+        columns: Pairs of bits that each searchable layer can have.
+        asked: Name -> limit, None where there is none.
+        latency_table: The table of a latency budget.
+
+    Returns:
+        One budget for each name that has a limit, in the order of `BUDGETS`.
+
+    Raises:
+        TypeError: If a limit is not a number, level or share.
+        ValueError: If a limit is not positive and finite, or the network has nothing of what it
+            limits, or the latency table is not there, not asked for or has holes.
+    """
+    asked = {
+        name: parse_budget(name, value) if isinstance(value, str) else value
+        for name, value in asked.items()
+    }
+    for name, value in asked.items():
+        if value is not None and not isinstance(value, (UniformLevel, ShareOf8Bit)):
+            exact_number(name, value)
+    if (asked.get("latency") is None) != (latency_table is None):
+        missing = "latency_table" if latency_table is None else "latency"
+        raise ValueError(f"latency and latency_table go together: {missing} is missing")
+    if latency_table is not None:
+        latency_table.check(costs, columns)
+    budgets = []
+    for name in BUDGETS:
+        value = asked.get(name)
+        if value is None:
+            continue
+        measure = make_measure(name, costs, latency_table)
+        limit = exact_limit(measure, value, costs, latency_table)
+        whole = measure.whole(limit)
+        if isinstance(value, (UniformLevel, ShareOf8Bit)):
+            if not whole:
+                raise ValueError(f"{name}: {value} is less than one unit of it")
+            shown = measure.shown(whole)
+        else:
+            shown = int(limit) if limit.denominator == 1 else float(limit)
+        budgets.append(Budget(measure, shown, whole))
+    return tuple(budgets)
+
+
+def exact_limit(
+    measure: Measure, value: Asked, costs: Costs, latency_table: LatencyTable | None = None
+) -> Fraction:
+    """A limit in the user's units.
+
+    Args:
+        measure: What it limits.
+        value: A number, level or share.
+        costs: Costs of the network.
+        latency_table: The table of a latency.
+
+    Raises:
+        TypeError: If the value is none of these.
+        ValueError: If it is not positive and finite, or cannot be counted.
+    """
+    if isinstance(value, str):
+        value = parse_budget(measure.name, value)
+    if isinstance(value, ShareOf8Bit):
+        if measure.inverse:
+            raise ValueError(
+                f"{measure.name} is a ratio and takes no share of 8 bits: give size a share"
+            )
+        pair, share = (8, 8), exact_number(measure.name, value.share)
+    elif isinstance(value, UniformLevel):
+        pair, share = (value.weight_bits, value.activation_bits), Fraction(1)
+    else:
+        return exact_number(measure.name, value)
+    pairs = [pair] * len(costs.layers)
+    if measure.name == "latency" and latency_table is not None:
+        latency_table.check(costs, [[pair] for pair in pairs])
+    used = measure.use(pairs)
+    if not used:
+        raise ValueError(f"{measure.name}: nothing is used at W{pair[0]}A{pair[1]}: give a number")
+    return share * measure.exact(used)
+
+
+def make_measure(name: str, costs: Costs, latency_table: LatencyTable | None = None) -> Measure:
+    """How one budget is counted in a network.
+
+    Args:
+        name: One of `BUDGETS`.
+        costs: Costs of the network.
+        latency_table: The table of ``latency``, with all that will be looked up.
+
+    Returns:
+        The measure.
+
+    Raises:
+        ValueError: If there is no such budget, or the costs hold nothing of what it counts.
+    """
+    layers = costs.layers
+    weights = sum(layer.weights for layer in layers)
+    activations = sum(layer.activations for layer in layers)
+    fixed = costs.fixed_bits * sum(layer.weights for layer in costs.fixed)
+
+    def bits_of_weights(place: int, pair: Pair) -> int:
+        return layers[place].weights * pair[0]
+
+    if name == "bitops":
+        return Measure(
+            name, "BitOps", (0,), (lambda place, pair: layers[place].macs * pair[0] * pair[1],)
+        )
+    if name == "size":
+        return Measure(name, "bits of all weights", (fixed,), (bits_of_weights,), 8)
+    if name == "total_size":
+        outside = FLOAT_BITS * costs.parameters_in_float()
+        return Measure(name, "bits of all parameters", (fixed + outside,), (bits_of_weights,), 8)
+    if name == "compression":
+        everything = FLOAT_BITS * costs.all_weights
+        if not everything:
+            raise ValueError("compression: the costs hold no weights")
+        return Measure(name, "bits of all weights", (fixed,), (bits_of_weights,), everything, True)
+    if name in ("mean_weight_bits", "mean_activation_bits"):
+        side = 0 if name == "mean_weight_bits" else 1
+        return Measure(
+            name, "bits, summed over layers", (0,), (lambda _, pair: pair[side],), len(layers)
+        )
+    if name == "bits_per_weight":
+        if not weights:
+            raise ValueError("bits_per_weight: the searchable layers have no weights")
+        return Measure(name, "bits of searchable weights", (0,), (bits_of_weights,), weights)
+    if name == "bits_per_activation":
+        if not activations:
+            raise ValueError("bits_per_activation: the searchable layers have no activations")
+        return Measure(
+            name,
+            "bits of inputs of searchable layers",
+            (0,),
+            (lambda place, pair: layers[place].activations * pair[1],),
+            activations,
+        )
+    if name == "activation_memory":
+        return _activation_memory(costs)
+    if name == "latency" and latency_table is not None:
+        return _latency(costs, latency_table)
+    raise ValueError(f"there is no budget {name!r}: it is one of {', '.join(BUDGETS)}")
+
+
+def _activation_memory(costs: Costs) -> Measure:
+    """One sum for every moment at which not less is held than at another one, at any bits."""
+    if not costs.tensors:
+        raise ValueError("activation_memory: the costs have no tensors: profile the network again")
+    places = {layer.name: place for place, layer in enumerate(costs.layers)}
+    peaks: list[dict[int | None, int]] = []
+    for tensors in costs.held():
+        peak: dict[int | None, int] = {}
+        for tensor in tensors:
+            place = None if tensor.layer is None else places.get(tensor.layer)  # None: constant
+            bits = 1
+            if place is None:
+                bits = FLOAT_BITS if tensor.layer is None else costs.fixed_bits
+            peak[place] = peak.get(place, 0) + tensor.elements * bits
+        if not any(_within(peak, other) for other in peaks):
+            peaks = [other for other in peaks if not _within(other, peak)] + [peak]
+
+    def cost_at(peak: dict[int | None, int]) -> Callable[[int, Pair], int]:
+        return lambda place, pair: peak.get(place, 0) * pair[1]
+
+    return Measure(
+        "activation_memory",
+        "bits held at once",
+        tuple(peak.get(None, 0) for peak in peaks),
+        tuple(map(cost_at, peaks)),
+        8,
+        places=tuple(tuple(place for place in peak if place is not None) for peak in peaks),
+    )
+
+
+def _within(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> bool:
+    return one.keys() <= other.keys() and all(count <= other[at] for at, count in one.items())
+
+
+_WORDS: Final = {
+    "bitops": "BitOps",
+    "size": "bytes",
+    "total_size": "bytes",
+    "compression": "times smaller",
+    "activation_memory": "bytes",
+}
+_TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_BYTES: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
+_BITOPS: Final = ((10**9, "GBitOps"), (10**6, "MBitOps"), (10**3, "KBitOps"), (1, "BitOps"))
+
+
+def in_words(name: str, value: int | float) -> str:
+    """A limit or use with its unit, times in the unit that suits them.
+
+    Args:
+        name: Name of the budget.
+        value: The limit or the use, in the budget's unit (seconds for a latency).
+
+    Returns:
+        For example ``1,234 bytes (1.234 KB)``, where 1 KB is 1000 bytes, or ``2.5 ms``.
+    """
+    if name == "latency":
+        scale, unit = _scale(_TIMES, value or 1)
+        return f"{value / scale:,.6g} {unit}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    return f"{text} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+
+
+def in_exact_words(name: str, value: int | float) -> str:
+    """A limit with its unit and with every digit, so that it can be asked for again.
+
+    Args:
+        name: Name of the budget.
+        value: The limit, in the budget's unit (seconds for a latency).
+
+    Returns:
+        For example ``1,234 bytes (1.234 KB)`` or ``0.0025 s (2.5 ms)``.
+    """
+    if name == "latency":
+        return f"{value:,} s ({in_words(name, value)})"
+    return f"{value:,} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+
+
+def in_short_words(name: str, value: int | float) -> str:
+    """A limit or use with its unit, as short as a table wants it, such as ``1.234 MB``."""
+    unit = _WORDS.get(name, "bits")
+    if name == "latency":
+        scale, unit = _scale(_TIMES, value or 1)
+    elif unit == "bytes":
+        scale, unit = _scale((*_BYTES, (1, "bytes")), value)
+    elif unit == "BitOps":
+        scale, unit = _scale(_BITOPS, value)
+    else:
+        scale = 1
+    return f"{value / scale:,.8g} {unit}"
+
+
+def _in_large(name: str, value: int | float) -> str:
+    if _WORDS.get(name) != "bytes" or value < _BYTES[-1][0]:
+        return ""
+    scale, unit = _scale(_BYTES, value)
+    return f" ({value / scale:,.4g} {unit})"
+
+
+def _scale(scales: Sequence[tuple[float, str]], value: float) -> tuple[float, str]:
+    """The largest unit of which the value has one; the smallest where it has none of any."""
+    return next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
+
+
+def _latency(costs: Costs, table: LatencyTable) -> Measure:
+    """Seconds as integers, in the largest of ms, µs, ns, ... in which all entries are whole."""
+    power = next(k for k in itertools.count(0, 3) if 10**k % table.per_second == 0)
+    per_second = 10**power
+    searchable = [layer.name for layer in costs.layers]
+    fixed = (costs.fixed_bits, costs.fixed_bits)
+
+    def cost(place: int, pair: Pair) -> int:
+        return int(table.seconds[searchable[place], pair[0], pair[1]] * per_second)
+
+    known = (table.seconds.get((layer.name, *fixed), Fraction(0)) for layer in costs.fixed)
+    return Measure(
+        "latency",
+        dict(enumerate(("s", "ms", "µs", "ns", "ps", "fs"))).get(power // 3, f"1e-{power} s"),
+        (int(sum(known, Fraction(0)) * per_second),),
+        (cost,),
+        per_second,
+    )

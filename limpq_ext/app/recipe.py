@@ -1,0 +1,490 @@
+"""Recipes: one validated object that says all that a run does, and those that are shipped."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from limpq_ext.data.glyphs import CLASSES
+from limpq_ext.data.images import OnCorrupt, Scan
+from limpq_ext.data.sources import canonical_name
+from limpq_ext.data.transforms import Augment
+from limpq_ext.values.bits import MAX_BITS, MIN_BITS
+from limpq_ext.values.optional import require
+from limpq_ext.values.reading import (
+    YAML_BYTES,
+    FileFormatError,
+    decode,
+    parse_yaml,
+    read_bytes,
+    reading,
+    shown,
+)
+
+if TYPE_CHECKING:
+    from limpq_ext.allocation.problem import Question
+
+pydantic = require("pydantic", "cli")
+
+Field = pydantic.Field
+
+
+Autocast = Literal["off", "bfloat16", "float16"]
+
+
+class _Section(pydantic.BaseModel):  # type: ignore[name-defined]  # imported by require
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which network."""
+
+    name: str = Field(
+        "cifar_resnet",
+        description="cifar_resnet, a torchvision classifier, timm/NAME or package.module:function,"
+        " which is imported and runs code",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of its constructor; classes come from the data"
+    )
+    weights: str | None = Field(
+        None,
+        description="float weights: a file, or published ones by name (DEFAULT), which are"
+        " downloaded; null: trained here",
+    )
+
+
+class QuantizationSection(_Section):
+    """What is quantized, and how."""
+
+    per_channel_weights: bool = Field(False, description="a weight scale per output channel")
+    symmetric_weights: bool = Field(False, description="without the lowest weight value")
+    scale_max: float | None = Field(
+        None, gt=0, description="upper bound of all scales; LIMPQ's own code uses 1.0"
+    )
+    fixed: tuple[str, ...] | None = Field(
+        None, description="layers at 8 bits, by name or pattern; null: the first and the last"
+    )
+    exclude: tuple[str, ...] = Field((), description="modules to leave in float")
+
+
+class GlyphsSection(_Section):
+    """How the data set ``glyphs`` is drawn."""
+
+    train_images: int = Field(20_000, ge=len(CLASSES), description="validation images included")
+    test_images: int = Field(10_000, ge=len(CLASSES))
+    difficulty: float = Field(1.0, ge=0, le=3, description="0 is clean and upright")
+    fonts: tuple[str, ...] = Field((), description="font files beside those of matplotlib")
+    cache: bool = Field(True, description="draw once and keep the images in memory")
+
+
+class DataSection(_Section):
+    """Which data; what is null is as usual for the data set."""
+
+    name: str = Field("digits", description="data set, see limpq_ext.data.sources.DATA_SETS")
+    root: str | None = Field(None, description="folder of the data")
+    download: bool = Field(False, description="let torchvision fetch what root lacks")
+    image_size: int | None = Field(None, ge=1, description="height and width")
+    channels: Literal[1, 3] | None = Field(None, description="1 is grey")
+    augment: Literal["auto"] | Augment = Field("auto", description="of training images")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels from 0 to 1")
+    std: tuple[float, ...] | None = None
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="of training images, where there are none for validation"
+    )
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="of all, where there are none")
+    seed: int = Field(0, ge=0, description="of the splits, and of glyphs")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="part of the training images that indicators are trained on"
+    )
+    on_corrupt: OnCorrupt = Field(
+        "error", description="files that cannot be read and empty classes; skip counts them"
+    )
+    scan: Scan = Field("open", description="how files are tried before training")
+    workers: int = Field(0, ge=0, description="processes that load batches")
+    glyphs: GlyphsSection = Field(default_factory=GlyphsSection)
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return canonical_name(name)
+
+
+class TrainingSection(_Section):
+    """One stage of training."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(2.5e-5, ge=0)
+    warmup_epochs: float = Field(0, ge=0)
+    label_smoothing: float = Field(0, ge=0, lt=1)
+    autocast: Autocast = Field(
+        "off", description="dtype of the forward; float16 comes with a gradient scaler"
+    )
+
+
+class JointSection(TrainingSection):
+    """Joint training of the indicators."""
+
+    distill: bool = Field(False, description="the highest bit-width teaches the others")
+    channels_last: bool = Field(False, description="memory format of weights and activations")
+    compile: bool = Field(False, description="torch.compile what a branch runs")
+    cuda_graph: bool = Field(False, description="capture a step in CUDA graphs")
+    weight_bank: bool = Field(
+        True, description="quantize all weights once a step; takes memory, see `limpq info --model`"
+    )
+    share_stem: bool = Field(
+        True, description="compute what comes before the first searchable layer once a step"
+    )
+    drop_relu: bool = Field(True, description="let quantizers take over the ReLUs before them")
+
+
+class FinetuneSection(TrainingSection):
+    """Fine-tuning of a policy."""
+
+    init: Literal["float", "joint"] = Field(
+        "float", description="start from the float network or from the jointly trained one"
+    )
+    distill_weight: float = Field(
+        0, ge=0, le=1, description="share of the float network's scores in the loss"
+    )
+    temperature: float = Field(1, gt=0, description="of the scores in distillation")
+    ema_decay: float = Field(0, ge=0, lt=1, description="of the parameters' moving average; 0: off")
+    reestimate_batches: int = Field(
+        0, ge=0, description="batches that batch normalisation's statistics are computed from anew"
+    )
+
+
+class LevelSection(_Section):
+    """The bits of a uniform policy."""
+
+    weight_bits: int = Field(3, ge=MIN_BITS, le=MAX_BITS)
+    activation_bits: int = Field(3, ge=MIN_BITS, le=MAX_BITS)
+
+
+def _read_budget(value: Any, info: Any) -> Any:
+    """A level or share that is written as text has to be one."""
+    from limpq_ext.allocation.budgets import parse_budget
+
+    if isinstance(value, str):
+        parse_budget(info.field_name, value)
+    return value
+
+
+def _read_pair(value: Any) -> Any:
+    """Pairs of bits may be written as a level."""
+    from limpq_ext.allocation.budgets import UniformLevel, parse_budget
+
+    if isinstance(value, str):
+        level = parse_budget("pair of bits", value)
+        if not isinstance(level, UniformLevel):
+            raise ValueError(f"{value!r} is no pair of bits such as w4a8")
+        return (level.weight_bits, level.activation_bits)
+    return value
+
+
+_Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+_Pair = Annotated[tuple[_Bits, _Bits], pydantic.BeforeValidator(_read_pair)]
+_Budget = Annotated[
+    float | LevelSection | str | None,
+    Field(union_mode="left_to_right"),
+    pydantic.AfterValidator(_read_budget),
+]
+
+
+class RestrictionsSection(_Section):
+    """Which bits layers may have, by names or patterns of layers; also a file of its own."""
+
+    pairs: dict[str, tuple[_Pair, ...]] | None = Field(
+        None, description="the only pairs of bits: [[4, 8], [8, 8]] or [w4a8, w8a8]"
+    )
+    fixed: dict[str, _Pair] | None = Field(None, description="given bits: [8, 8] or w8a8")
+    tied: tuple[str | tuple[str, ...], ...] = Field(
+        (), description="groups with equal bits, each a pattern or a list of patterns"
+    )
+    tie_shared_inputs: bool = Field(
+        False, description="equal activation bits where layers read the same tensor"
+    )
+    min_bits: dict[str, _Bits | _Pair] | None = Field(
+        None, description="fewest bits: 4, [4, 8] or w4a8"
+    )
+    weight_bits: _Bits | None = Field(None, description="of all weights: search activations only")
+    activation_bits: _Bits | None = Field(
+        None, description="of all activations: search weights only"
+    )
+
+
+class SearchSection(RestrictionsSection):
+    """Budgets, restrictions and options of the search; what is null does not limit.
+
+    A budget is a number, the level of a uniform policy (w3a4, or weight_bits and activation_bits),
+    or a share of what 8 bits use (25%).
+    """
+
+    bitops: _Budget = Field(
+        None, description="BitOps; where no budget is given, and this is not null, those of W3A3"
+    )
+    size: _Budget = Field(None, description="bytes of the weights of quantized layers")
+    total_size: _Budget = Field(None, description="bytes of all parameters, float ones too")
+    compression: _Budget = Field(None, description="least ratio to 32-bit weights")
+    mean_weight_bits: _Budget = Field(None, description="over the layers")
+    mean_activation_bits: _Budget = Field(None, description="over the layers")
+    bits_per_weight: _Budget = Field(None, description="mean over the weights")
+    bits_per_activation: _Budget = Field(None, description="mean over the layers' inputs")
+    activation_memory: _Budget = Field(None, description="bytes held at one moment, for one sample")
+    latency: _Budget = Field(None, description="seconds, by the latency table")
+    latency_table: str | None = Field(None, description="file (.json, .csv)")
+    alpha: float = 1.0
+    normalise: bool = Field(False, description="normalised indicators instead of the plain sum")
+    non_monotone: Literal["forbid", "isotonic", "keep"] = "forbid"
+    time_limit: float | None = Field(None, description="seconds")
+    gap: float | None = Field(
+        None, description="relative gap at which to stop; null: 0, above 200 layers 1e-6"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _set_default(self) -> SearchSection:
+        from limpq_ext.allocation.budgets import BUDGETS
+
+        if "bitops" not in self.model_fields_set and not any(
+            getattr(self, name, None) is not None for name in BUDGETS
+        ):
+            # Past the check that it is frozen, and it does not count as given.
+            object.__setattr__(self, "bitops", LevelSection())
+        return self
+
+    @property
+    def has_default_budget(self) -> bool:
+        """Whether nobody gave a budget, so that the default one is in force."""
+        return self.bitops is not None and "bitops" not in self.model_fields_set
+
+    def question(self) -> Question:
+        """The same as `search` takes it; reads the latency table.
+
+        Raises:
+            OSError: The latency table cannot be read.
+            FileFormatError: It is not one.
+        """
+        from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
+        from limpq_ext.values.latency import LatencyTable
+
+        given: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        for name in BUDGETS:
+            if isinstance(given[name], LevelSection):
+                level = given[name]
+                given[name] = UniformLevel(level.weight_bits, level.activation_bits)
+            elif isinstance(given[name], str):
+                given[name] = parse_budget(name, given[name])
+        if self.latency_table is not None:
+            given["latency_table"] = LatencyTable.load(self.latency_table)
+        return given  # type: ignore[return-value]  # the fields are those of Question
+
+
+class Recipe(_Section):
+    """All that ``limpq run`` does; the defaults are the digits demonstration."""
+
+    seed: int = Field(0, ge=0)
+    device: str = Field(
+        "auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
+    )
+    checkpoint_minutes: float = Field(
+        10, ge=0, description="a checkpoint when so many minutes have passed; 0: not by time"
+    )
+    checkpoint_steps: int = Field(
+        0, ge=0, description="a checkpoint after so many steps; 0: not by steps"
+    )
+    log_steps: int = Field(
+        0, ge=0, description="numbers are written after so many steps; 0: after epochs alone"
+    )
+    tensorboard: bool = Field(False, description="write TensorBoard events beside the metrics")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6)
+    float_training: TrainingSection = Field(
+        default_factory=lambda: TrainingSection(
+            epochs=30, lr=0.1, weight_decay=5e-4, warmup_epochs=2
+        )
+    )
+    joint: JointSection = Field(default_factory=lambda: JointSection(epochs=10, lr=0.01))
+    search: SearchSection = Field(default_factory=SearchSection)
+    baseline: LevelSection = Field(
+        default_factory=LevelSection, description="uniform policy to compare with"
+    )
+    finetune: FinetuneSection = Field(
+        default_factory=lambda: FinetuneSection(epochs=30, lr=0.02, warmup_epochs=1)
+    )
+
+    @pydantic.field_validator("bits")
+    @classmethod
+    def _check_bits(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        from limpq_ext.nn.quantizers import check_candidates
+
+        return check_candidates(bits)
+
+    @pydantic.model_validator(mode="after")
+    def _check_start(self) -> Recipe:
+        level = self.baseline
+        if self.finetune.init == "joint" and not {
+            level.weight_bits,
+            level.activation_bits,
+        } <= set(self.bits):
+            raise ValueError(
+                f"finetune.init is joint, but the baseline's W{level.weight_bits}"
+                f"A{level.activation_bits} is not among the bits {list(self.bits)}"
+            )
+        return self
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: what each does, by name."""
+    folder = resources.files("limpq_ext.app") / "recipes"
+    files = {item.name: item for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return {
+        name.removesuffix(".yaml"): files[name].read_text("utf-8").splitlines()[0].lstrip("# ")
+        for name in sorted(files)
+    }
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from a YAML file; what it leaves out has its default.
+
+    Args:
+        path: The file, or the name of a shipped recipe.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        FileFormatError: It is not YAML, or a key or value is wrong; one line that names file, key
+            and reason.
+    """
+    name = os.fspath(path)
+    file: Any = Path(path)
+    shipped = shipped_recipes()
+    if name in shipped:
+        file = Path(str(resources.files("limpq_ext.app") / "recipes" / f"{name}.yaml"))
+    elif not file.exists():
+        raise FileNotFoundError(
+            f"recipe '{name}' does not exist: expected a file, or one of {', '.join(shipped)}"
+        )
+    content = _content(file, name)
+    with reading(name):
+        return make_recipe(content, source=name)
+
+
+def load_restrictions(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read restrictions from a YAML file with the keys of `RestrictionsSection`.
+
+    Returns:
+        The restrictions as `search` takes them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileFormatError: It is not YAML, or a key or value is wrong; one line that names file, key
+            and reason.
+    """
+    name = os.fspath(path)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"restrictions file '{name}' does not exist")
+    content = _content(Path(path), name)
+    with reading(name):
+        section = _validated(RestrictionsSection, content, name)
+    return {name: getattr(section, name) for name in type(section).model_fields}
+
+
+def _content(file: Any, name: str) -> dict[str, Any]:
+    """The keys and values of a YAML file, none if it is empty; ``name`` is for the errors."""
+    data = read_bytes(file, "recipe", YAML_BYTES)
+    with reading(name, "not a YAML file"):
+        content = parse_yaml(decode(data))
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{name}: expected keys and values, not {type(content).__name__}")
+    return content
+
+
+def make_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Validate keys and values.
+
+    Args:
+        content: Nested keys and values.
+        source: What the error calls it.
+
+    Raises:
+        ValueError: A key is unknown or a value is wrong; one line that names key and reason.
+    """
+    return _validated(Recipe, content, source)
+
+
+def _validated(kind: Any, content: dict[str, Any], source: str) -> Any:
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ValueError(f"{source}: {key}: {reason}") from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Key and value of ``finetune.epochs=3``; the value is read as YAML.
+
+    Raises:
+        ValueError: There is no "=", no key, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"'{text}': expected KEY=VALUE, for example finetune.epochs=3")
+    try:
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: the value is not YAML: {error}") from error
+
+
+def override(recipe: Recipe, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """A recipe with other values.
+
+    Args:
+        recipe: What to start from.
+        values: By key, with dots between sections: ``{"finetune.epochs": 3}``. The last of two that
+            contradict each other counts.
+        source: What the error calls it.
+
+    Raises:
+        ValueError: A key is unknown or a value is wrong.
+    """
+    content = recipe.model_dump()
+    if recipe.search.has_default_budget:  # which another budget among the values replaces
+        content["search"]["bitops"] = None
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        inner = content
+        for at, section in enumerate(sections, start=1):
+            if section not in inner:
+                raise ValueError(f"{source}: {'.'.join(sections[:at])}: unknown key")
+            if inner[section] is None:
+                inner[section] = {}
+            inner = inner[section]
+            if not isinstance(inner, dict):
+                raise ValueError(
+                    f"{source}: {key}: '{'.'.join(sections[:at])}' is {inner!r} and has no keys"
+                )
+        inner[last] = value
+    search = content["search"]
+    asked = any(re.match(r"search(\.bitops|$)", key) for key in values)
+    if recipe.search.has_default_budget and not asked and isinstance(search, dict):
+        del search["bitops"]
+    return make_recipe(content, source=source)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every value stated."""
+    yaml = require("yaml", "cli")
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

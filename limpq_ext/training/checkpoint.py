@@ -1,0 +1,444 @@
+"""Checkpoints of a training that may be stopped at any moment and goes on as if it had not been.
+
+A checkpoint holds everything that the rest of the training depends on; it is written by process 0
+and read by process 0 for all. Behind what ``torch.save`` writes stands its SHA-256, so that nobody
+goes on from a damaged file. Batch normalisation keeps statistics per process, as in
+DistributedDataParallel, and those of process 0 are the ones that are saved: they take no part in
+training, and at its end all processes get them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+
+from limpq_ext.nn.quantizers import mean_step_sizes
+from limpq_ext.training.distributed import (
+    agree,
+    from_main,
+    gather,
+    is_distributed,
+    is_main,
+    rank,
+    world_size,
+)
+from limpq_ext.training.signals import Interrupted
+from limpq_ext.values.files import open_atomically, remove_leftovers
+from limpq_ext.values.indicators import KINDS, StepSizes, check_started
+from limpq_ext.values.reading import FileFormatError, open_regular, reading, shown
+from limpq_ext.values.tensor_files import read_saved
+
+FORMAT = "limpq-checkpoint"
+VERSION = 2
+
+_SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+_SEAL_BYTES = 73
+
+_NUMPY_WORDS = 624  # of the Mersenne Twister, which NumPy reads without a look at its place
+
+
+class Stateful(Protocol):
+    """What has a state: a module, an optimizer, a gradient scaler, a JointTrainer, ..."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state: numbers, strings, tensors and containers of them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take a state back."""
+
+
+class StopSignals:
+    """Notices SIGINT and SIGTERM, so that the step that runs can be finished.
+
+    A second signal ends the process at once. Signals reach only the main thread; in another one
+    this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Notice signals for as long as the block lasts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._notice) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise Interrupted(number, "stopped at once by a second signal; no checkpoint written")
+        self.received = number
+
+
+class Checkpoint:
+    """The checkpoint file of one training.
+
+    Args:
+        path: The file; its folder exists.
+        key: Says what the training depends on (a digest of its recipe and inputs). A file with
+            another key is refused.
+        steps: Write after this many steps; 0: not by steps.
+        minutes: Write when this many minutes have passed; 0: not by time.
+
+    Raises:
+        ValueError: ``steps`` or ``minutes`` is negative.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, key: str = "", steps: int = 0, minutes: float = 10.0
+    ) -> None:
+        if steps < 0 or not minutes >= 0:
+            raise ValueError(
+                f"checkpoint every {steps} steps or {minutes} minutes: expected no negative number"
+            )
+        self.path = Path(path)
+        self.key = key
+        self.steps = steps
+        self.minutes = minutes
+        self._written = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to write one after this many steps; process 0 has the clock."""
+        if self.steps and step % self.steps == 0:
+            return True
+        return bool(self.minutes) and time.monotonic() - self._written >= 60 * self.minutes
+
+    def save(self, state: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> None:
+        """Replace the file by one with this state and what every process has of its own.
+
+        All processes call this; process 0 writes while the others wait.
+
+        Args:
+            state: The same in every process.
+            own: Of this process; its random states are added.
+
+        Raises:
+            OSError: The file cannot be written; the former one is kept.
+        """
+        processes = gather({"random": random_states(), **(own or {})})
+        header = {"format": FORMAT, "version": VERSION, "key": self.key}
+        content = {**header, "processes": processes, **state}
+
+        def write() -> None:
+            with open_atomically(self.path) as file:
+                write_sealed(file, content)
+
+        from_main(write)
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state in the file, or None where there is no file. All processes call this.
+
+        What killed runs left half-written beside the file is removed.
+
+        Raises:
+            FileFormatError: The file is not a checkpoint, or one of another recipe or inputs.
+        """
+        state = from_main(self._read)
+        self._written = time.monotonic()
+        return state
+
+    def remove(self) -> None:
+        """Remove the file, where there is one. Process 0 alone does something.
+
+        Raises:
+            FileFormatError: The file is not a checkpoint of this training; it is kept.
+        """
+        if is_main() and self._read() is not None:
+            self.path.unlink()
+
+    def _read(self) -> dict[str, Any] | None:
+        remove_leftovers(self.path)
+        if not self.path.exists():
+            return None
+        advice = "remove it to start this stage over"
+        try:
+            state, sealed = _read_sealed(self.path, "checkpoint")
+        except FileFormatError as error:
+            raise FileFormatError(f"{error}; {advice}") from error
+        if not isinstance(state, dict) or not _is(state.get("format"), FORMAT):
+            raise FileFormatError(f"{self.path}: not a checkpoint of a training; {advice}")
+        if not _is(state.get("version"), VERSION):
+            raise FileFormatError(
+                f"{self.path}: version is {shown(state.get('version'))}, this limpq_ext reads"
+                f" {VERSION}; {advice}"
+            )
+        if not sealed:
+            raise FileFormatError(f"{self.path}: damaged: its checksum is missing; {advice}")
+        if not _is(state.get("key"), self.key):
+            raise FileFormatError(
+                f"{self.path}: this checkpoint belongs to another recipe or other inputs; go on"
+                f" with those, or {advice}"
+            )
+        if not _is_of_processes(state.get("processes")):
+            raise FileFormatError(f"{self.path}: processes: is no list of states; {advice}")
+        return state
+
+
+def write_sealed(file: BinaryIO, content: Any) -> None:
+    """Write what ``torch.save`` writes and its SHA-256 behind it; ``torch.load`` reads it too."""
+    hashing = _Hashing(file)
+    torch.save(content, hashing)  # type: ignore[arg-type]  # it needs no more than this
+    file.write(f"\nsha256 {hashing.digest.hexdigest()}\n".encode())
+
+
+class _Hashing:
+    """Passes bytes on to a file and hashes them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _read_sealed(path: str | os.PathLike[str], what: str) -> tuple[Any, bool]:
+    """What a file of ``torch.save`` holds, and whether it has a checksum, which is right then.
+
+    Raises:
+        OSError: If the file cannot be read.
+        FileFormatError: If it is no such file, or is damaged.
+    """
+    with open_regular(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _SEAL_BYTES))
+        seal = _SEAL.fullmatch(file.read())
+        file.seek(0)
+        if seal is not None:
+            digest, left = hashlib.sha256(), size - _SEAL_BYTES
+            while left > 0 and (data := file.read(min(left, 2**20))):
+                digest.update(data)
+                left -= len(data)
+            if digest.hexdigest().encode() != seal[1]:
+                raise FileFormatError(f"{os.fspath(path)}: damaged: its checksum is another one")
+            file.seek(0)
+        return read_saved(file, path), seal is not None
+
+
+def _is(value: Any, expected: str | int) -> bool:
+    """Whether they are equal, where the value may be a tensor, whose comparison is no bool."""
+    return type(value) is type(expected) and value == expected
+
+
+def _is_of_processes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(own, dict) and isinstance(own.get("random"), dict) for own in value
+    )
+
+
+def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
+    """The step sizes of all layers in a checkpoint of a joint training.
+
+    Raises:
+        OSError: If the file cannot be read.
+        FileFormatError: If it holds no joint training, or is damaged.
+        ValueError: If a step size has no start value yet.
+    """
+    content, sealed = _read_sealed(path, "checkpoint")
+    with reading(path):
+        state = _joint_state(content)
+    if state is None:
+        raise FileFormatError(f"{os.fspath(path)}: holds no state of a joint training")
+    if _is(content.get("format"), FORMAT) and not sealed:
+        raise FileFormatError(f"{os.fspath(path)}: damaged: its checksum is missing")
+    return _step_sizes(state)
+
+
+def _step_sizes(state: Mapping[str, Any]) -> Iterator[StepSizes]:
+    """The step sizes in the state of a JointTrainer.
+
+    Raises:
+        FileFormatError: Something in it is of another kind.
+    """
+    bits, model = state["bits"], state["model"]
+    if not isinstance(bits, list) or not all(type(b) is int for b in bits):
+        raise FileFormatError(f"bits: {shown(bits)} are no bit-widths")
+    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+        raise FileFormatError("model: is no state of a network")
+    bounds = state.get("scale_bounds", {})
+    ending = ".weight_quantizer.scale"
+    for name in (key.removesuffix(ending) for key in model if key.endswith(ending)):
+        quantizers = [f"{name}.weight_quantizer", f"{name}.input_quantizer"]
+        check_started(
+            (name, kind, bits, _started(model, f"{quantizer}.initialized", bits))
+            for kind, quantizer in zip(KINDS, quantizers, strict=True)
+        )
+        weight, activation = (
+            _by_bits(model, f"{quantizer}.scale", bits, _bounds(bounds, quantizer))
+            for quantizer in quantizers
+        )
+        yield name, weight, activation
+
+
+def _started(model: Mapping[str, Any], key: str, bits: Sequence[int]) -> list[bool]:
+    """Which step sizes of a quantizer have their start value."""
+    initialized = model.get(key)
+    if not isinstance(initialized, torch.Tensor) or initialized.shape != (len(bits),):
+        raise FileFormatError(f"{key}: is missing, or does not say which step sizes have begun")
+    return [bool(value) for value in initialized.tolist()]
+
+
+def _bounds(bounds: Any, quantizer: str) -> tuple[float, float] | tuple[()]:
+    """The least and the largest step size of a quantizer; () where a checkpoint does not say."""
+    found = bounds.get(quantizer, ()) if isinstance(bounds, dict) else None
+    if found == ():
+        return ()
+    if not isinstance(found, list) or [type(value) for value in found] != [float, float]:
+        raise FileFormatError(f"scale_bounds: {shown(quantizer)} has no two bounds")
+    return found[0], found[1]
+
+
+def _by_bits(
+    model: Mapping[str, Any],
+    key: str,
+    bits: Sequence[int],
+    bounds: tuple[float, float] | tuple[()],
+) -> dict[int, float]:
+    """The step sizes of one quantizer, a mean where it has several."""
+    scale = model.get(key)
+    if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
+        raise FileFormatError(f"{key}: is missing, or no tensor of step sizes")
+    if scale.dim() == 0 or len(scale) != len(bits) or scale.numel() == 0:
+        raise FileFormatError(f"{key}: has shape {tuple(scale.shape)}, not one for each of {bits}")
+    return dict(zip(bits, mean_step_sizes(scale, *bounds).tolist(), strict=True))
+
+
+def _joint_state(content: Any) -> dict[str, Any] | None:
+    """The first state of a JointTrainer in containers of states."""
+    if not isinstance(content, dict):
+        return None
+    if {"bits", "model", "seed"} <= content.keys():
+        return content
+    return next(filter(None, map(_joint_state, content.values())), None)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of this process's random generators: torch (CPU and CUDA), NumPy, Python."""
+    # The global generator is the one that augmentations use.
+    name, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(words, np.int64)), *rest),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the random generators of this process back into these states."""
+    torch.set_rng_state(states["torch"])
+    name, words, place, *rest = states["numpy"]
+    if type(place) is not int or not 0 <= place <= len(words) == _NUMPY_WORDS:
+        raise ValueError("random: numpy: is no state of its generator")
+    np.random.set_state((name, words.numpy().astype(np.uint32), place, *rest))  # noqa: NPY002
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint keeps for this process; None where it is of another number of processes."""
+    processes = state["processes"]
+    return processes[rank()] if len(processes) == world_size() else None
+
+
+def check_alike(saved: Any, own: Any, where: str) -> None:
+    """Make sure that values of a checkpoint are of the kinds that a training's own state has.
+
+    Keys that only one of them has are passed over: they come and go with versions of torch, and
+    whoever takes the state back misses what it needs. Tensors are for their owners to judge.
+
+    Args:
+        saved: The state in the checkpoint.
+        own: The state of the training that takes it back.
+        where: What both are called.
+
+    Raises:
+        ValueError: A value is of another kind; the message says which.
+    """
+    if isinstance(own, dict):
+        fits = isinstance(saved, dict)
+        pairs = [(key, saved[key], own[key]) for key in own if fits and key in saved]
+    elif isinstance(own, list | tuple):
+        # A list that is empty yet, such as that of the records, may have grown.
+        fits = isinstance(saved, list | tuple) and (not own or len(saved) == len(own))
+        pairs = list(zip(range(len(own)), saved, own)) if fits else []  # noqa: B905
+    else:
+        numbers = (int, float)
+        undecided = (type(None), bool)  # an optimizer's "fused", which depends on the device
+        fits = (
+            (type(own) in undecided and type(saved) in undecided)
+            or isinstance(own, torch.Tensor)
+            or type(own) is type(saved)
+            or (type(own) in numbers and type(saved) in numbers)
+        )
+        if fits and type(saved) in numbers and not math.isfinite(saved):
+            fits = type(own) is float and not math.isfinite(own)
+        pairs = []
+    if not fits:
+        raise ValueError(f"{where}: is {shown(saved)}, expected something like {shown(own)}")
+    for key, one, other in pairs:
+        check_alike(one, other, f"{where}.{key}" if where else f"{key}")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that what an optimizer of ours took back belongs to its parameters.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if missing := optimizer.defaults.keys() - group.keys():
+            raise ValueError(f"optimizer: {min(missing)} is missing")
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, state in optimizer.state.items():
+        if parameter not in known or not isinstance(state, dict):
+            raise ValueError("optimizer: its state is not of these parameters")
+        for name, value in state.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if value is not None and getattr(value, "shape", None) != shape:
+                raise ValueError(
+                    f"optimizer: {shown(name)} does not fit a parameter of shape"
+                    f" {tuple(parameter.shape)}"
+                )
+
+
+def agree_to_stop(
+    signals: StopSignals, checkpoint: Checkpoint | None, step: int
+) -> tuple[int, bool]:
+    """The signal that stops all processes (0: none), and whether a checkpoint is due."""
+    due = checkpoint is not None and is_main() and checkpoint.is_due(step)
+    if not is_distributed():
+        return signals.received, due
+    received, wanted = agree(signals.received, int(due))
+    return received, bool(wanted)

@@ -1,0 +1,459 @@
+"""What every training stage shares: optimizers, the course of the learning rate, checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LambdaLR
+
+from limpq_ext.nn.inputs import moved, samples_in
+from limpq_ext.nn.quantizers import LsqQuantizer
+from limpq_ext.training.checkpoint import (
+    Checkpoint,
+    Interrupted,
+    Stateful,
+    StopSignals,
+    agree_to_stop,
+    check_alike,
+    check_optimizer,
+    own_part,
+    set_random_states,
+)
+from limpq_ext.training.distributed import broadcast_state, rank, world_size
+from limpq_ext.training.metrics import Journal, Meter, Record, guarded_scales, memory
+from limpq_ext.training.nonfinite import NonFiniteError
+from limpq_ext.values.reading import reading, shown
+
+OPTIMIZERS = ("sgd", "adamw")
+
+StepDone = Callable[[int, int], None]
+"""Called after every optimizer step with the steps done and the steps in all."""
+
+EpochDone = Callable[[Record], None]
+"""Called after every epoch with its numbers: "epoch" (from 1), "loss", "lr", ..."""
+
+
+def make_optimizer(
+    model: nn.Module,
+    optimizer: str = "sgd",
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """An optimizer that decays the weights of layers only.
+
+    As is usual, weight decay does not reach what normalisation has, embeddings, tensors of at most
+    one dimension (others of size 1 aside, as in a layer scale ``[channels, 1, 1]``), biases of any
+    shape, tokens and position embeddings by their name, and what the model's own
+    ``no_weight_decay()`` names, as timm's do. Step sizes have none either.
+
+    Args:
+        model: Whose parameters that need a gradient it takes.
+        optimizer: "sgd" or "adamw".
+        lr: Learning rate, above 0.
+        momentum: Of SGD.
+        weight_decay: At least 0.
+
+    Raises:
+        ValueError: The name is unknown or a number is out of range.
+    """
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
+    own_names = getattr(model, "no_weight_decay", None)
+    named = set(own_names()) if callable(own_names) else set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            full_name = f"{path}.{name}" if path else name
+            spared = full_name in named or _has_no_decay(module, name, parameter)
+            (plain if spared else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # On a GPU one kernel for all parameters, which can also be told on the device to hold back.
+    fused = device_of(model).type == "cuda"
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
+    raise ValueError(f"optimizer is '{optimizer}', expected one of {', '.join(OPTIMIZERS)}")
+
+
+_WITHOUT_DECAY = (
+    *(LsqQuantizer, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.Embedding, nn.EmbeddingBag),
+)
+_NAMED_WITHOUT_DECAY = ("bias", "embed", "token", "position")
+
+
+def _has_no_decay(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if isinstance(module, _WITHOUT_DECAY) or parameter.dim() <= 1:
+        return True
+    if name == "weight":  # of one output, perhaps
+        return False
+    axes = sum(size > 1 for size in parameter.shape)
+    return axes <= 1 or any(part in name for part in _NAMED_WITHOUT_DECAY)
+
+
+def cosine_with_warmup(
+    optimizer: torch.optim.Optimizer, *, steps: int, warmup_steps: int = 0
+) -> LambdaLR:
+    """The learning rate rises linearly over the warm-up, then falls to 0 along half a cosine.
+
+    Args:
+        optimizer: Whose learning rate is the highest value.
+        steps: Optimizer steps in all; call ``step()`` after each.
+        warmup_steps: How many of them are the warm-up.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a training keeps beside its result.
+
+    Attributes:
+        checkpoint: Where its state is kept; it goes on from there if there is one.
+        journal: Where its records go.
+        log_steps: A record after this many steps; 0: after every epoch alone.
+    """
+
+    checkpoint: Checkpoint | None = None
+    journal: Journal | None = None
+    log_steps: int = 0
+
+
+def run_epochs(
+    take_step: Callable[[Any, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    loader: Iterable[tuple[Any, Any]],
+    *,
+    model: nn.Module,
+    epochs: int,
+    warmup_epochs: float = 0.0,
+    parts: Mapping[str, Stateful],
+    meter: Meter | None = None,
+    check: Callable[[], None] | None = None,
+    observe: Callable[[], Record] | None = None,
+    recording: Recording | None = None,
+    on_step: StepDone | None = None,
+    on_epoch: EpochDone | None = None,
+) -> list[Record]:
+    """Run epochs over a loader, with the learning rate's course.
+
+    The host waits for the device where records are written and checkpoints saved, not in between.
+    SIGINT and SIGTERM end the run after the step, with a checkpoint where ``recording`` has one.
+    A run that goes on from a checkpoint ends, on the CPU, with the same bits as one that was never
+    stopped, if the order of ``loader`` depends on the epoch alone: that of
+    `limpq_ext.make_loader`, a list, or a DataLoader whose sampler has ``set_epoch``.
+    An epoch is as many batches as the loader's length says, or fewer where it gives fewer.
+
+    Args:
+        take_step: Takes one optimizer step on a batch and returns its loss, a detached scalar.
+        optimizer: The one that ``take_step`` uses.
+        loader: Pairs of inputs, as for `inputs.call`, and targets; it has a length.
+        model: What is trained. Batches are moved to its device; at the end all processes get the
+            buffers of process 0 (batch normalisation has statistics per process until then).
+        epochs: At least 1.
+        warmup_epochs: Epochs of linear warm-up.
+        parts: What has a state that a checkpoint keeps, by name: together with the learning rate's
+            course, all that ``take_step`` depends on.
+        meter: What ``take_step`` adds its numbers to.
+        check: Raises if a step since the last call was not finite.
+        observe: More numbers for every record.
+        recording: Checkpoints and records.
+        on_step: Called after every step.
+        on_epoch: Called after every epoch.
+
+    Returns:
+        One record per epoch: epoch, step (steps so far), loss (mean over its steps), lr (the last),
+        accuracy or branches (on the training batches), images_per_second, memory in bytes,
+        guarded_scales (how many step sizes are at their lower bound), and what ``observe`` gives.
+
+    Raises:
+        ValueError: ``epochs`` is below 1, the loader is empty or gives no batches in an epoch, or
+            the loss became NaN or infinite.
+        FileFormatError: The checkpoint cannot be read or belongs to another training.
+        Interrupted: A signal came.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, expected at least 1")
+    steps_per_epoch = length_of(loader)
+    if steps_per_epoch == 0:
+        raise ValueError("cannot train on an empty data set")
+    total = epochs * steps_per_epoch
+    recording = recording or Recording()
+    checkpoint, journal = recording.checkpoint, recording.journal
+    device = device_of(model)
+    meter = meter or Meter(device)
+    schedule = cosine_with_warmup(
+        optimizer, steps=total, warmup_steps=round(warmup_epochs * steps_per_epoch)
+    )
+    course = _Course({**parts, "schedule": schedule})
+    saved = None if checkpoint is None else checkpoint.load()
+    if checkpoint is not None and saved is not None:
+        with reading(checkpoint.path):
+            if type(saved.get("step")) is not int or not 0 <= saved["step"] <= total:
+                raise ValueError(f"step: is {shown(saved.get('step'))}, expected 0 to {total}")
+            course.load_state_dict(saved)
+            check_optimizer(optimizer)
+        if journal is not None:
+            journal.report(f"going on after step {course.step} of {total} from {checkpoint.path}")
+    if journal is not None:
+        journal.start(course.step)
+
+    def finished(record: Record, sums: Mapping[str, float]) -> Record:
+        """The record with all its numbers, written to the journal."""
+        record |= {**_means(sums), "lr": float(schedule.get_last_lr()[0]), **memory(device)}
+        if not math.isfinite(record["loss"]):
+            raise ValueError(f"the loss became {record['loss']} by step {course.step}")
+        if observe is not None:
+            record |= observe()
+        if journal is not None:
+            journal.write(record)
+        return record
+
+    def finish_epoch() -> None:
+        epoch = course.epochs + 1
+        record = {"epoch": epoch, "step": course.step, **_guarded(model, epoch, journal)}
+        course.records.append(finished(record, course.epoch_sums))
+        course.finish_epoch()
+        if on_epoch is not None:
+            on_epoch(record)
+
+    warned = False
+    signals = StopSignals()
+    with signals.noticed(), _naming_kept(checkpoint):
+        while course.epochs < epochs:
+            epoch = course.epochs + 1
+            batches = batches_of_epoch(loader, epoch - 1, course.batch)
+            if saved is not None:
+                # After the loader started, which may have drawn numbers.
+                with reading(checkpoint.path if checkpoint is not None else ""):
+                    _take_over(saved, meter, journal)
+                saved = None
+            for batch in itertools.islice(batches, steps_per_epoch - course.batch):
+                x, target = moved(batch, device)
+                meter.add("loss", take_step(x, target))
+                meter.add("steps", 1)
+                meter.add("images", samples_in(x))
+                schedule.step()
+                course.step += 1
+                course.batch += 1
+                if on_step is not None:
+                    on_step(course.step, total)
+                ends = course.batch == steps_per_epoch
+                logs = recording.log_steps > 0 and course.step % recording.log_steps == 0
+                received, due = agree_to_stop(signals, checkpoint, course.step)
+                if check is not None and (ends or logs or received or due):
+                    check()
+                if ends or logs:
+                    sums = course.read(meter)
+                    if logs:
+                        finished({"step": course.step}, sums)
+                if ends:
+                    finish_epoch()
+                if checkpoint is not None and (received or due):
+                    checkpoint.save(course.state_dict(), {"meter": meter.state_dict()})
+                if received:
+                    raise Interrupted(received, _farewell(received, course.step, total, checkpoint))
+            if course.epochs < epoch:
+                if course.batch == 0:
+                    raise ValueError(f"epoch {epoch}: the loader gave no batches")
+                if not warned:
+                    warnings.warn(
+                        f"epoch {epoch}: the loader gave {course.batch} batches, but its length is"
+                        f" {steps_per_epoch}, by which the learning rate falls",
+                        stacklevel=2,
+                    )
+                warned = True
+                if check is not None:
+                    check()
+                course.read(meter)
+                finish_epoch()
+    broadcast_state(model, buffers_only=True)
+    return course.records
+
+
+class _Course:
+    """How far a training is, and all that the rest of it depends on."""
+
+    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+        self.step = 0
+        self.epochs = 0  # whole ones
+        self.batch = 0  # of the epoch that runs
+        self.records: list[Record] = []
+        self.epoch_sums: dict[str, float] = {}
+        self._parts = parts
+        self._clock = time.monotonic()
+
+    def read(self, meter: Meter) -> dict[str, float]:
+        """What the meter says since the last read; the sums of the epoch get it too."""
+        now = time.monotonic()
+        sums = {**meter.read(), "seconds": now - self._clock}
+        meter.reset()
+        self._clock = now
+        for name, value in sums.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+        return sums
+
+    def finish_epoch(self) -> None:
+        self.epochs += 1
+        self.batch = 0
+        self.epoch_sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "epochs": self.epochs,
+            "batch": self.batch,
+            "records": self.records,
+            "epoch_sums": self.epoch_sums,
+            "seconds": time.monotonic() - self._clock,
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_alike(state, self.state_dict(), "")
+        if not all(isinstance(record, dict) for record in state["records"]):
+            raise ValueError("records: are no records of epochs")
+        for name, value in state["epoch_sums"].items():
+            if type(value) is not float:
+                raise ValueError(f"epoch_sums: {shown(name)} is {shown(value)}, no sum")
+            kind, _, branch = name.partition(" ")
+            if kind == "correct" and f"samples {branch}" not in state["epoch_sums"]:
+                raise ValueError(f"epoch_sums: 'samples {branch}' is missing")
+        self.step, self.epochs, self.batch = state["step"], state["epochs"], state["batch"]
+        self.records = list(state["records"])
+        self.epoch_sums = dict(state["epoch_sums"])
+        self._clock = time.monotonic() - state["seconds"]
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+
+
+def _means(sums: Mapping[str, float]) -> Record:
+    """Loss, accuracy and speed from the sums of some steps."""
+    means: Record = {"loss": sums["loss"] / sums["steps"]}
+    branches: dict[str, Record] = {}
+    for name, value in sums.items():
+        kind, _, branch = name.partition(" ")
+        if kind == "correct":
+            accuracy = value / sums[f"samples {branch}"]
+            (branches.setdefault(branch, {}) if branch else means)["accuracy"] = accuracy
+        elif kind == "loss" and branch:
+            branches.setdefault(branch, {})["loss"] = value / sums["steps"]
+    if branches:
+        means["branches"] = branches
+    return {**means, "images_per_second": sums["images"] / max(sums["seconds"], 1e-9)}
+
+
+def _guarded(model: nn.Module, epoch: int, journal: Journal | None) -> Record:
+    """How many step sizes are at their lower bound; the journal names some of them."""
+    if not any(isinstance(module, LsqQuantizer) for module in model.modules()):
+        return {}
+    names = guarded_scales(model)
+    if names and journal is not None:
+        shown = "; ".join(names[:5]) + ("; ..." if len(names) > 5 else "")
+        journal.report(f"epoch {epoch}: {len(names)} step sizes are at their lower bound: {shown}")
+    return {"guarded_scales": len(names)}
+
+
+def batches_of_epoch(
+    loader: Iterable[tuple[Any, Any]], epoch: int, skip: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """The batches of an epoch (from 0) but for the first ones, which are not loaded if possible."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    if hasattr(batches, "set_position"):
+        batches.set_position(epoch, skip)
+        return iter(loader)
+    sampler: Any = getattr(loader, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return itertools.islice(iter(loader), skip, None)
+
+
+def _take_over(saved: Mapping[str, Any], meter: Meter, journal: Journal | None) -> None:
+    """Go on with what this process had of its own: its random numbers and its sums."""
+    own = own_part(saved)
+    if own is not None:
+        set_random_states(own["random"])
+        meter.load_state_dict(own["meter"])
+        return
+    # Another seed for every process; what it draws was never drawn before.
+    torch.manual_seed(torch.initial_seed() + world_size() * saved["step"] + rank())
+    if journal is not None:
+        journal.report(
+            f"the checkpoint is of {len(saved['processes'])} processes, now there are"
+            f" {world_size()}: the result is not the same to the bit, and sums of the epoch start"
+            " anew"
+        )
+
+
+@contextmanager
+def _naming_kept(checkpoint: Checkpoint | None) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        if checkpoint is not None and checkpoint.path.exists():
+            error.args = (f"{error}; the last good checkpoint is kept: {checkpoint.path}",)
+        raise
+
+
+def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None) -> str:
+    reason = f"stopped by {signal.Signals(number).name} after step {step} of {total}"
+    if checkpoint is None:
+        return f"{reason}; there is no checkpoint to go on from"
+    return f"{reason}; the same command goes on from {checkpoint.path}"
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every module back into the mode it was in, training or evaluation, after the block."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def length_of(loader: Iterable[Any]) -> int:
+    """How many batches a loader gives.
+
+    Raises:
+        ValueError: It has no length.
+    """
+    if not isinstance(loader, Sized):
+        raise ValueError("the loader has no length; pass a DataLoader or a list of batches")
+    return len(loader)

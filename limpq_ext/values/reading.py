@@ -1,0 +1,431 @@
+"""Files from elsewhere: how much they may hold, and how reading them ends.
+
+Reading ends with a value, with an OSError where the file cannot be read at all, or with a
+:class:`FileFormatError`; whatever else a parser raises becomes one in :func:`reading`. What a file
+can make the process do is bounded before it is parsed: bytes, depth, and how many values there are
+once everything that a file refers to repeatedly is counted as often as it is referred to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import pickletools
+import re
+import reprlib
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Final
+
+from limpq_ext.values.optional import require
+
+TEXT_BYTES: Final = 32 * 2**20
+"""The most bytes of a JSON or CSV file, or of a pickle without tensors."""
+
+YAML_BYTES: Final = 2**20
+YAML_VALUES: Final = 100_000
+"""The most values of a YAML file, what an alias stands for counted each time."""
+
+YAML_SCALAR: Final = 10_000
+"""The most characters of a single value in YAML; its numbers are read in quadratic time."""
+
+DEPTH: Final = 64
+"""How deeply values may be nested."""
+
+DIGITS: Final = 100
+"""The most digits of an integer in JSON."""
+
+OPCODES: Final = 5_000_000
+"""The most instructions of a pickle."""
+
+SHOWN: Final = 1000
+"""The most characters of an error."""
+
+
+class FileFormatError(ValueError):
+    """A file does not hold what it should; one printable line that names file, field and reason."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        super().__init__(line if len(line) <= SHOWN else line[: SHOWN - 3] + "...")
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """Turn whatever parsing raises into a FileFormatError that begins with the file's name.
+
+    Args:
+        path: The file, for the error.
+        what: What comes between its name and the reason, as in ``"not JSON"``.
+
+    Raises:
+        FileFormatError: Something was raised within the block.
+        ImportError: A library is missing, which is not the file's fault.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # a broken file raises almost anything
+        reason = _reason(error)
+        if reason.startswith(f"{name}: "):
+            reason = reason.removeprefix(f"{name}: ")
+        elif what and not isinstance(error, FileFormatError):
+            reason = f"{what}: {reason}"
+        raise FileFormatError(f"{name}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    text = str(error).strip()
+    if isinstance(error, ValueError | pickle.UnpicklingError | RuntimeError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value of any size and shape in a few characters."""
+    return _Short().repr(value)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = 100  # names of layers are shown whole
+        self.maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write very long integers.
+        return str(x) if abs(x) < 10**30 else f"an integer of {x.bit_length()} bits"
+
+
+# ------------------------------------------------------------------------------------------- bytes
+
+
+def open_regular(path: str | os.PathLike[str], what: str) -> BinaryIO:
+    """Open a file for reading, if it is one: no pipe, no device, which may have no end.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error message.
+
+    Raises:
+        OSError: If it cannot be read; the subclass and ``errno`` are those of the cause
+            (``FileNotFoundError`` where there is no such file).
+        FileFormatError: If it is a pipe, a device or a socket.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return Path(path).open("rb")
+    except ValueError as error:  # a name with a zero in it
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    except OSError as error:
+        reason = f"cannot read the {what} file: {error.strerror}"
+        raise OSError(error.errno, reason, os.fspath(path)) from error
+    raise FileFormatError(f"{os.fspath(path)}: a pipe or a device, not a {what} file")
+
+
+def read_bytes(path: str | os.PathLike[str], what: str, most: int = TEXT_BYTES) -> bytes:
+    """Read a whole file.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error message.
+        most: How many bytes it may have.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        OSError: If it cannot be read; the subclass and ``errno`` are those of the cause
+            (``FileNotFoundError`` where there is no such file).
+        FileFormatError: If it is no regular file, or too large.
+    """
+    data = bytearray()
+    with open_regular(path, what) as file:
+        while chunk := file.read(2**20):
+            data += chunk
+            if len(data) > most:
+                raise FileFormatError(
+                    f"{os.fspath(path)}: larger than a {what} file may be, {most / 2**20:g} MiB"
+                )
+    return bytes(data)
+
+
+def decode(data: bytes) -> str:
+    """Text in UTF-8, with or without the mark that some programs put in front.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start}: {error.reason})") from error
+
+
+# -------------------------------------------------------------------------------------------- JSON
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text holds; NaN and Infinity pass, for the fields to judge.
+
+    Raises:
+        ValueError: If it is not JSON, a field stands twice, or a limit is passed.
+        RecursionError: If it is nested very deeply.
+    """
+    value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {DEPTH} deep")
+
+
+def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error message.
+
+    Raises:
+        OSError: If it cannot be read.
+        FileFormatError: If it holds no JSON object.
+    """
+    data = read_bytes(path, what)
+    with reading(path):
+        text = decode(data)
+    with reading(path, "not JSON, or cut short"):
+        document = parse_json(text)
+    if not isinstance(document, dict):
+        raise FileFormatError(f"{os.fspath(path)}: holds {shown(document)}, not a JSON object")
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no field stands twice (json itself keeps the last one silently)."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"field {shown(name)} stands twice in one object")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+# -------------------------------------------------------------------------------------------- YAML
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text holds, of plain types; "off" is a word, as in YAML 1.2.
+
+    Raises:
+        ValueError: If it is not YAML, a key stands twice in one mapping, or a limit is passed.
+        ImportError: If PyYAML is not installed.
+    """
+    yaml = require("yaml", "cli")
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"{len(text)} characters of YAML, more than {YAML_BYTES}")
+    try:
+        return yaml.load(text, _yaml_loader())
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(reason) from error
+    except (KeyError, AttributeError, TypeError) as error:  # of constructors: `!!bool x`
+        raise ValueError("a value is not of the type that its tag says") from error
+
+
+@cache
+def _yaml_loader() -> type[Any]:
+    """The loader of plain types, within limits."""
+    yaml = require("yaml", "cli")
+    boolean = "tag:yaml.org,2002:bool"
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # imported by require
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [(tag, pattern) for tag, pattern in pairs if tag != boolean]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def __init__(self, stream: str) -> None:
+            super().__init__(stream)
+            self._depth = 0
+            self._values = 0
+            self._sizes: dict[int, int] = {}  # of nodes that are complete
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            mark = self.peek_event().start_mark
+            aliased = self.check_event(yaml.AliasEvent)
+            before = self._values
+            self._values += 1
+            self._depth += 1
+            if self._depth > DEPTH:
+                raise yaml.MarkedYAMLError(None, None, f"nested more than {DEPTH} deep", mark)
+            node = super().compose_node(parent, index)
+            self._depth -= 1
+            if aliased:
+                if id(node) not in self._sizes:
+                    raise yaml.MarkedYAMLError(None, None, "a value that holds itself", mark)
+                self._values += self._sizes[id(node)]
+            else:
+                self._sizes[id(node)] = self._values - before
+            if self._values > YAML_VALUES:
+                raise yaml.MarkedYAMLError(None, None, f"more than {YAML_VALUES} values", mark)
+            return node
+
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            node = super().compose_scalar_node(anchor)
+            if len(node.value) > YAML_SCALAR:
+                problem = f"a value of more than {YAML_SCALAR} characters"
+                raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[Any] = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    value = self.construct_object(key)
+                    if value in seen:
+                        problem = f"key {shown(value)} stands twice"
+                        raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+                    seen.add(value)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(boolean, re.compile("^(true|True|false|False)$"), list("tTfF"))
+    return Loader
+
+
+# ----------------------------------------------------------------------------------------- pickles
+
+
+def load_pickle(data: bytes) -> Any:
+    """The containers, strings and numbers that a pickle holds.
+
+    Raises:
+        Exception: Of almost any kind, if it is no such pickle; see :func:`reading`.
+    """
+    check_pickle(BytesIO(data), len(data))
+    return _PlainUnpickler(BytesIO(data)).load()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; whatever names a class or a function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+
+_GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_CHANGES: Final = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
+
+
+def check_pickle(file: BinaryIO, size: int, refused: re.Pattern[str] | None = None) -> None:
+    """Follow a pickle without building anything, up to its end; the file stands behind it then.
+
+    Python's unpickler allocates what a pickle merely names: a place in the memo, the length of a
+    bytearray. And a few bytes can refer to each other so that looking at all of their values, as
+    the hash of a tuple does, takes for ever.
+
+    Args:
+        file: Stands where the pickle begins.
+        size: Bytes of the file.
+        refused: What it may not ask for, a pattern of "module name".
+
+    Raises:
+        ValueError: If it is no pickle, or passes a limit.
+    """
+    # For every object how many values it holds, all told, and how deeply they are nested.
+    stack: list[list[int] | None] = []  # None: a mark
+    memo: dict[int, list[int] | None] = {}
+    work, most = 0, max(10**6, DEPTH * size)
+
+    def popped(count: int | None) -> list[list[int]]:
+        """The topmost objects; None: those above the topmost mark, which goes too."""
+        found: list[list[int]] = []
+        while count is None or len(found) < count:
+            if not stack:
+                raise ValueError("not a pickle, or cut short: it takes what was never put")
+            top = stack.pop()
+            if top is None:
+                if count is None:
+                    break
+                raise ValueError("not a pickle: it takes a mark for a value")
+            found.append(top)
+        return found
+
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if number > OPCODES:
+            raise ValueError(f"a pickle of more than {OPCODES} instructions")
+        if refused is not None and name == "GLOBAL" and refused.fullmatch(str(argument)):
+            asked = str(argument).replace(" ", ".")
+            raise ValueError(f"it asks for {asked}, which is not plain data")
+        if name in _GETS:
+            if argument not in memo:
+                raise ValueError(f"not a pickle: it refers to {argument}, which was never put")
+            stack.append(memo[argument])
+        elif name in _PUTS or name == "MEMOIZE":
+            place = len(memo) if name == "MEMOIZE" else int(argument or 0)
+            if place > size:
+                raise ValueError(f"a pickle of {size} bytes that puts a value in place {place}")
+            if not stack or stack[-1] is None:
+                raise ValueError("not a pickle: it puts away what is not there")
+            memo[place] = stack[-1]
+        elif name == "DUP":
+            (top,) = popped(1)
+            stack += [top, top]
+        elif name == "MARK":
+            stack.append(None)
+        else:
+            before = [kind.name for kind in opcode.stack_before]
+            parts: list[list[int]] = []
+            if "mark" in before:
+                parts = popped(None)
+                before = before[: before.index("mark")]
+            kept: list[list[int]] = []
+            if name in _CHANGES:
+                parts += popped(len(before) - 1)
+                kept = popped(1)
+            else:
+                parts += popped(len(before))
+            values = sum(part[0] for part in parts)
+            depth = max((part[1] for part in parts), default=0) + 1
+            work += values + 1
+            if depth > DEPTH:
+                raise ValueError(f"nested more than {DEPTH} deep")
+            if work > most:
+                raise ValueError(
+                    f"a pickle of {size} bytes that unfolds to more than {most} values"
+                )
+            for container in kept:
+                container[0] += values
+                container[1] = max(container[1], depth)
+                stack.append(container)
+            if not kept:
+                stack += [[values + 1, depth] for _ in opcode.stack_after]

@@ -1,0 +1,88 @@
+"""The joint stage of a recipe in every way that it can be executed."""
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("sklearn")
+
+from limpq_ext.app import run as pipeline
+from limpq_ext.app.recipe import make_recipe
+from limpq_ext.app.run import Session
+
+
+def indicators(**options):
+    torch.manual_seed(0)
+    joint = {"epochs": 1, "lr": 0.01, "batch_size": 512, **options}
+    # Eight channels: in channels_last with four, torch's own gradient of a strided 1x1 convolution
+    # writes past its memory on processors without AVX-512.
+    model = {"name": "cifar_resnet", "options": {"width": 8}}
+    session = Session(make_recipe({"bits": [2, 4], "model": model, "joint": joint}))
+    return session.train_indicators(session.create_model(), None, None)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"autocast": "bfloat16"},
+        {"autocast": "float16"},
+        {"channels_last": True},
+        {"distill": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
+    for ours, plain in zip(indicators(**options).layers, indicators().layers, strict=True):
+        for kind in ("weight", "activation"):
+            for bits, value in getattr(plain, kind).items():
+                assert getattr(ours, kind)[bits] == pytest.approx(value, rel=0.1), ours.name
+
+
+@pytest.mark.parametrize("key", ["weight_bank", "share_stem", "drop_relu"])
+def test_what_branches_share_can_be_switched_off_in_a_recipe(key, monkeypatch):
+    trainers = []
+    original = pipeline.JointTrainer
+
+    def remember(*arguments, **options):
+        trainers.append(original(*arguments, **options))
+        return trainers[-1]
+
+    monkeypatch.setattr(pipeline, "JointTrainer", remember)
+    shared = []
+    for options in ({}, {key: False}):
+        indicators(**options)
+        shared.append(trainers[-1].shared)
+    name = {"share_stem": "stem", "drop_relu": "dropped_relus"}.get(key, key)
+    assert shared[0][name]
+    assert not shared[1][name]
+
+
+def test_a_cuda_graph_on_the_cpu_is_an_error():
+    with pytest.raises(ValueError, match="cuda_graph needs a model on a CUDA device"):
+        indicators(cuda_graph=True)
+
+
+def test_what_the_branches_share_can_be_switched_off_in_a_recipe(monkeypatch):
+    made = []
+
+    class Noted(pipeline.JointTrainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(pipeline, "JointTrainer", Noted)
+    indicators()
+    indicators(weight_bank=False, share_stem=False, drop_relu=False)
+    shared, plain = (trainer.shared for trainer in made)
+    assert shared["weight_bank"]
+    assert shared["stem"]
+    assert shared["dropped_relus"] > 0
+    assert plain == {"weight_bank": False, "stem": False, "dropped_relus": 0}
+
+
+def test_an_entry_of_an_enumeration_is_no_file():
+    model = {"name": "resnet18", "weights": "ResNet18_Weights.V9"}
+    session = Session(make_recipe({"model": model}))
+    with pytest.raises(ValueError, match=r"'resnet18' has no weights 'ResNet18_Weights.V9'"):
+        session.given_float()
