@@ -21,6 +21,7 @@ from .joint.trainer import JointTrainer as JointTrainer
 from .kernels.bank import WeightBank as WeightBank
 from .kernels.ops import lsq_fake_quantize as lsq_fake_quantize
 from .kernels.ops import lsq_fake_quantize_multi as lsq_fake_quantize_multi
+from .nn.batch_norm import SwitchableBatchNorm as SwitchableBatchNorm
 from .nn.layers import QuantConv1d as QuantConv1d
 from .nn.layers import QuantConv2d as QuantConv2d
 from .nn.layers import QuantConv3d as QuantConv3d
@@ -29,7 +30,6 @@ from .nn.layers import QuantConvTranspose2d as QuantConvTranspose2d
 from .nn.layers import QuantConvTranspose3d as QuantConvTranspose3d
 from .nn.layers import QuantizedLayer as QuantizedLayer
 from .nn.layers import QuantLinear as QuantLinear
-from .nn.layers import SwitchableBatchNorm as SwitchableBatchNorm
 from .nn.quantizers import ActivationQuantizer as ActivationQuantizer
 from .nn.quantizers import LsqQuantizer as LsqQuantizer
 from .nn.quantizers import WeightQuantizer as WeightQuantizer

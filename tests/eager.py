@@ -8,7 +8,7 @@ from torch import nn
 
 from limpq_ext.conversion.prepare import quantized_layers
 from limpq_ext.kernels.ops import thresholds
-from limpq_ext.nn.layers import SwitchableBatchNorm
+from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 
 
 def eager_fake_quantize(x, scale, quant_min, quant_max, grad_factor):

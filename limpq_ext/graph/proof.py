@@ -22,13 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from limpq_ext.nn.attention import with_layers
-from limpq_ext.nn.layers import (
-    QuantizedLayer,
-    float_class,
-    quantizable_base,
-    quantized_twin,
-    swap_modules,
-)
+from limpq_ext.nn.layers import QuantizedLayer, quantizable_base, quantized_twin
+from limpq_ext.nn.swapping import float_class, swap_modules
 
 # Operators of ATen that sum products, and the places of the arguments that they multiply.
 _PRODUCTS: dict[str, tuple[int, ...]] = {

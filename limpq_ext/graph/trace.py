@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from limpq_ext.graph.liveness import Flow, Kind
 from limpq_ext.graph.proof import UnfollowedError, Watch, fakes_only, refusal, with_probes
 from limpq_ext.nn.attention import ProjectedAttention, with_layers
+from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, example_arguments
-from limpq_ext.nn.layers import QuantizedLayer, SwitchableBatchNorm, quantizable_base
+from limpq_ext.nn.layers import QuantizedLayer, quantizable_base
 from limpq_ext.values.costs import LiveTensor
 
 

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map
 
 from limpq_ext.joint.sharing import BranchGraph, UntraceableError
 from limpq_ext.kernels.bank import WeightBank, add_gradient
+from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call
-from limpq_ext.nn.layers import QuantizedLayer, SwitchableBatchNorm
+from limpq_ext.nn.layers import QuantizedLayer
 
 Results = TypeVar("Results")
 

@@ -25,9 +25,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from limpq_ext.nn.attention import ProjectedAttention, ProjectedWindows
+from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call
-from limpq_ext.nn.layers import QuantizedLayer, SwitchableBatchNorm, with_class
+from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.quantizers import LsqQuantizer
+from limpq_ext.nn.swapping import with_class
 
 _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
 # Their forwards look at shapes, which a graph does not know.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limpq_ext.nn.layers import OfMadeClass, made_class, swap_modules, with_class
+from limpq_ext.nn.swapping import OfMadeClass, made_class, swap_modules, with_class
 
 
 class ProjectedAttention(nn.MultiheadAttention):

@@ -11,7 +11,8 @@ from networks import Attending, Depthwise, NoNorm, PaddedConv2d, Shared
 from torch import nn
 
 from limpq_ext import JointTrainer, Policy, apply_policy, prepare, quantized_layers, select_bits
-from limpq_ext.nn.layers import QuantConv2d, QuantLinear, SwitchableBatchNorm
+from limpq_ext.nn.batch_norm import SwitchableBatchNorm
+from limpq_ext.nn.layers import QuantConv2d, QuantLinear
 from limpq_ext.values.policy import LayerBits
 
 IMAGE = torch.zeros(2, 3, 8, 8)
