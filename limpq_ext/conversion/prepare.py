@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.graph.proof import check_at_first_forward, check_quantized, in_float
-from limpq_ext.graph.trace import matches, split_layers, trace
+from limpq_ext.graph.trace import split_layers, trace
 from limpq_ext.nn.attention import copied, with_layers
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, arguments
 from limpq_ext.nn.layers import QuantizedLayer, quantizable_base, quantize_layer
 from limpq_ext.nn.quantizers import check_candidates
 from limpq_ext.nn.swapping import swap_modules
+from limpq_ext.values.names import matches
 from limpq_ext.values.policy import Policy
 
 
