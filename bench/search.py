@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from limpq_ext.app.models import create_shapes
+from limpq_ext.graph.profile import profile
 from limpq_ext.ilp.program import Program, Row, minimise
-from limpq_ext.values.costs import FLOAT_BITS, Costs, profile
+from limpq_ext.values.costs import FLOAT_BITS, Costs
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 
 from .report import OURS, Result, contention, markdown, show_seconds

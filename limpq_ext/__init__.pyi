@@ -16,6 +16,7 @@ from .conversion.prepare import select_bits as select_bits
 from .data.datasets import load_data as load_data
 from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
+from .graph.profile import profile as profile
 from .joint.trainer import JointStep as JointStep
 from .joint.trainer import JointTrainer as JointTrainer
 from .kernels.bank import WeightBank as WeightBank
@@ -48,7 +49,6 @@ from .training.metrics import TensorBoard as TensorBoard
 from .training.nonfinite import NonFiniteError as NonFiniteError
 from .training.signals import Interrupted as Interrupted
 from .values.costs import Costs as Costs
-from .values.costs import profile as profile
 from .values.files import FileFormatError as FileFormatError
 from .values.indicators import Indicators as Indicators
 from .values.latency import LatencyEntry as LatencyEntry

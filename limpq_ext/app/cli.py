@@ -916,7 +916,7 @@ def _costs(
     import torch
 
     from limpq_ext.app.models import create_shapes
-    from limpq_ext.values.costs import profile as count
+    from limpq_ext.graph.profile import profile as count
 
     if recipe is not None or model is None:
         if recipe is None:

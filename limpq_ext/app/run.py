@@ -39,6 +39,7 @@ from limpq_ext.conversion.prepare import apply_policy, prepare
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import Data, make_loader
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
+from limpq_ext.graph.profile import profile
 from limpq_ext.joint.trainer import JointTrainer
 from limpq_ext.training.calibration import calibrate
 from limpq_ext.training.distributed import broadcast_state, from_main, gather, rank
@@ -53,7 +54,7 @@ from limpq_ext.training.loop import (
     run_epochs,
 )
 from limpq_ext.training.metrics import Meter, Record
-from limpq_ext.values.costs import Costs, profile
+from limpq_ext.values.costs import Costs
 from limpq_ext.values.files import write_json
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.optional import require

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.files import STRICT, load_document, save_document
 from limpq_ext.values.reading import shown
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from limpq_ext.nn.inputs import Inputs
 
 FORMAT: Final = "limpq-costs"
 VERSION: Final = 1
@@ -64,7 +59,8 @@ class LiveTensor:
 
     Time is counted in layer calls: moment 0 is the first call of a quantizable layer in a forward.
     A layer's output and the normalisation and activation after it are one tensor;
-    :mod:`limpq_ext.graph.liveness` has all the rules by which :func:`profile` finds tensors.
+    :mod:`limpq_ext.graph.liveness` has all the rules by which :func:`limpq_ext.profile` finds
+    tensors.
 
     Attributes:
         elements: Number of its elements for one sample.
@@ -365,56 +361,3 @@ class Costs:
             FileFormatError: If it does not hold valid costs.
         """
         return load_document(path, cls, format=FORMAT, version=VERSION)
-
-
-def profile(
-    model: nn.Module,
-    example_input: Inputs,
-    *,
-    fixed: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-) -> Costs:
-    """Count the costs of a model's layers exactly, without computing anything.
-
-    One sample is followed through the model on fake tensors; MACs come from the real shapes of what
-    each layer puts out, for grouped, depthwise and transposed convolutions too. Products without a
-    weight, as of queries and keys, are not counted. Attention is followed through its projections,
-    under the names that :func:`limpq_ext.prepare` gives them.
-
-    Args:
-        model: Any module that :func:`limpq_ext.prepare` accepts; it is not changed.
-        example_input: What its forward takes, with a batch axis; only shapes matter. A tuple or
-            list: several inputs. A dict: inputs by keyword.
-        fixed: Names or patterns of the fixed layers. None: the first and the last that run.
-        exclude: Names or patterns of modules to leave out.
-
-    Returns:
-        The costs for one sample, layers in the order in which they first run.
-
-    Raises:
-        ValueError: The model cannot be followed or quantized, or a name fits no layer.
-    """
-    # Costs are numbers, and reading them from a file does not need torch.
-    from limpq_ext.graph.trace import split_layers, trace
-    from limpq_ext.nn.inputs import example_arguments
-
-    found = trace(model, example_input, exclude=exclude)
-    _, fixed_names = split_layers(found, fixed)
-    costs = {
-        layer.name: LayerCost(layer.name, layer.kind, layer.macs, layer.weights, layer.activations)
-        for layer in found.layers
-    }
-    positional, keywords = example_arguments(example_input)
-    inputs = (*positional, *keywords.values())
-    return Costs(
-        layers=tuple(costs[name] for name in costs if name not in fixed_names),
-        fixed=tuple(costs[name] for name in fixed_names),
-        meta={
-            "model": type(model).__name__,
-            "input_shapes": [list(value.shape[1:]) for value in inputs if hasattr(value, "shape")],
-        },
-        shared_inputs=found.shared_inputs,
-        tensors=found.tensors,
-        parameters=found.parameters,
-        float_parameters=found.float_parameters,
-    )

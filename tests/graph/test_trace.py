@@ -3,14 +3,11 @@ import torch
 
 pytest.importorskip("torchvision")
 
-import torchvision
 from networks import (
     Attending,
-    Depthwise,
     NoNorm,
     PaddedConv2d,
     PreActivation,
-    Shared,
     StandardizedConv2d,
     Upsampling,
 )
@@ -21,10 +18,6 @@ from limpq_ext import Policy, apply_policy, prepare, profile, quantized_layers
 from limpq_ext.graph.trace import trace
 
 IMAGE = torch.zeros(2, 3, 8, 8)
-
-
-def by_name(costs):
-    return {layer.name: layer for layer in (*costs.layers, *costs.fixed)}
 
 
 @pytest.mark.parametrize(
@@ -45,39 +38,6 @@ def test_macs_and_counts_of_one_layer(layer, shape, macs, weights):
     assert [(x.name, x.macs, x.weights) for x in found] == [("0", macs, weights)]
     assert found[0].activations == torch.zeros(shape).numel()
     assert found[0].kind == type(layer).__name__.lower()
-
-
-def test_profile_leaves_first_and_last_fixed_in_order_of_execution():
-    costs = profile(Depthwise(), IMAGE)
-    assert [layer.name for layer in costs.layers] == ["expand", "depthwise", "project"]
-    assert [layer.name for layer in costs.fixed] == ["stem.0", "head"]
-
-
-def test_profile_does_not_depend_on_the_batch_and_changes_nothing():
-    model = Depthwise().train()
-    model.stem.eval()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert profile(model, IMAGE) == profile(model, torch.zeros(7, 3, 8, 8))
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert model.training
-    assert not model.stem.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_profile_of_a_model_without_memory():
-    with torch.device("meta"):
-        model = torchvision.models.resnet50()
-    costs = profile(model, torch.zeros(1, 3, 224, 224, device="meta"))
-    assert len(costs.layers) == 52
-    assert costs.all_weights == 25_502_912
-
-
-def test_a_shared_module_is_one_layer_and_its_calls_add_up():
-    costs = by_name(profile(Shared(), IMAGE))
-    assert list(costs) == ["block.0", "first", "head"]
-    assert costs["block.0"].macs == 2 * 6 * 64 * 6 * 9
-    assert costs["block.0"].activations == 2 * 6 * 64
-    assert costs["block.0"].weights == 6 * 6 * 9
 
 
 def test_sources_of_batch_norms_are_followed_through_sums_and_pooling():

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from limpq_ext.values.costs import Costs, LayerCost, LiveTensor, profile
+from limpq_ext.values.costs import Costs, LayerCost, LiveTensor
 from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.policy import Policy
 
@@ -215,41 +215,6 @@ def test_a_count_of_parameters_that_is_none_is_refused(name):
         dataclasses.replace(COSTS, **{name: -1})
     with pytest.raises(TypeError, match=f"{name} must be an int"):
         dataclasses.replace(COSTS, **{name: 1.5})
-
-
-def test_embeddings_norms_biases_and_excluded_layers_stay_in_float_each_counted_once():
-    torch = pytest.importorskip("torch")
-    nn = torch.nn
-
-    class Text(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.words = nn.Embedding(50, 8)
-            self.body = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)], nn.LayerNorm(8))
-            self.extra = nn.Linear(8, 8)
-            self.head = nn.Linear(8, 50)
-            self.head.weight = self.words.weight
-
-        def forward(self, x):
-            return self.head(self.extra(self.body(self.words(x))))
-
-    model = Text()
-    costs = profile(model, torch.zeros(1, 3, dtype=torch.int64), exclude=["extra"])
-    assert costs.parameters == sum(p.numel() for p in model.parameters())
-    biases = 4 * 8 + 50
-    assert costs.float_parameters == 50 * 8 + biases + 2 * 8 + (64 + 8)
-
-
-def test_parametrized_weights_and_projections_of_attention_are_no_floats():
-    torch = pytest.importorskip("torch")
-    nn = torch.nn
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, bias=False))
-    layers = [nn.Linear(8, 8, bias=False), normed, nn.Linear(8, 8, bias=False)]
-    assert profile(nn.Sequential(*layers), torch.zeros(1, 8)).float_parameters == 0
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    costs = profile(model, torch.zeros(1, 5, 8))
-    assert costs.parameters == sum(p.numel() for p in model.parameters())
-    assert costs.parameters - costs.float_parameters == costs.all_weights
 
 
 def test_a_tensor_that_is_held_for_ever_takes_no_memory_to_count():
