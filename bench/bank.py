@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from limpq_ext.conversion.prepare import quantized_layers
+from limpq_ext.nn.network import quantized_layers
 
 try:
     from limpq_ext.kernels.bank import WeightBank

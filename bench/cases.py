@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from limpq_ext.conversion.prepare import quantized_layers
 from limpq_ext.kernels.ops import SCALE_MIN, lsq_fake_quantize, lsq_grad_factor, thresholds
 from limpq_ext.nn.layers import quantize_layer
+from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import weight_start_scale
 
 from . import bank, peers

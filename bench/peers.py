@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limpq_ext.conversion.prepare import quantized_layers
 from limpq_ext.kernels.ops import SCALE_MIN
+from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import weight_start_scale
 
 

@@ -9,10 +9,8 @@ from .allocation.infeasible import InfeasibleError as InfeasibleError
 from .allocation.pareto import Curve as Curve
 from .allocation.pareto import pareto as pareto
 from .allocation.search import search as search
-from .conversion.prepare import apply_policy as apply_policy
+from .conversion.apply import apply_policy as apply_policy
 from .conversion.prepare import prepare as prepare
-from .conversion.prepare import quantized_layers as quantized_layers
-from .conversion.prepare import select_bits as select_bits
 from .data.datasets import load_data as load_data
 from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
@@ -31,6 +29,8 @@ from .nn.layers import QuantConvTranspose2d as QuantConvTranspose2d
 from .nn.layers import QuantConvTranspose3d as QuantConvTranspose3d
 from .nn.layers import QuantizedLayer as QuantizedLayer
 from .nn.layers import QuantLinear as QuantLinear
+from .nn.network import quantized_layers as quantized_layers
+from .nn.network import select_bits as select_bits
 from .nn.quantizers import ActivationQuantizer as ActivationQuantizer
 from .nn.quantizers import LsqQuantizer as LsqQuantizer
 from .nn.quantizers import WeightQuantizer as WeightQuantizer

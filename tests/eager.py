@@ -6,9 +6,9 @@ import math
 import torch
 from torch import nn
 
-from limpq_ext.conversion.prepare import quantized_layers
 from limpq_ext.kernels.ops import thresholds
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
+from limpq_ext.nn.network import quantized_layers
 
 
 def eager_fake_quantize(x, scale, quant_min, quant_max, grad_factor):

@@ -35,7 +35,8 @@ from limpq_ext.app.stages import (
     Reporter,
     Stages,
 )
-from limpq_ext.conversion.prepare import apply_policy, prepare
+from limpq_ext.conversion.apply import apply_policy
+from limpq_ext.conversion.prepare import prepare
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import Data, make_loader
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest

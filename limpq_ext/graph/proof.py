@@ -369,8 +369,8 @@ def fakes_only() -> Iterator[FakeTensorMode]:
 
 def check_quantized(
     model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """The quantized layers of a model that compute in float, and why; none is as it should be.
+) -> None:
+    """Prove that every quantized layer of a model computes with what its quantizers put out.
 
     Follows one forward on fake tensors.
 
@@ -381,7 +381,9 @@ def check_quantized(
 
     Raises:
         UnfollowedError: The forward raised something.
+        ValueError: Layers would compute in float; the message names them and says why.
     """
+    modules = dict(model.named_modules())
     # A copy: a forward may keep what it computed, and fake tensors must not stay in the model.
     model = with_layers(model, lambda name: False).eval()
     _forget_check(model)
@@ -395,7 +397,11 @@ def check_quantized(
         fakes = tree_map(fake, (inputs, dict(keywords or {})))
         with fake_mode:
             watch.follow(model, *fakes)
-    return watch.bypassed()
+    bypassed = watch.bypassed()
+    if bypassed:
+        raise ValueError(
+            f"layers with quantizers would compute in float: {_reasons(modules, bypassed)}"
+        )
 
 
 def check_at_first_forward(model: nn.Module) -> None:
@@ -413,12 +419,9 @@ def _check_now(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
     if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((inputs, keywords))):
         return
     try:
-        bypassed = check_quantized(model, inputs, keywords)
+        check_quantized(model, inputs, keywords)
     except UnfollowedError as error:
         warnings.warn(f"it is not proven that every layer runs quantized: {error}", stacklevel=2)
-        bypassed = {}
-    if bypassed:
-        raise ValueError(in_float(dict(model.named_modules()), bypassed))
     _forget_check(model)
 
 
@@ -427,11 +430,6 @@ def _forget_check(model: nn.Module) -> None:
         if hook is _check_now:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def in_float(modules: Mapping[str, nn.Module], bypassed: Mapping[str, str]) -> str:
-    """The sentence about layers with quantizers that compute in float."""
-    return f"layers with quantizers would compute in float: {_reasons(modules, bypassed)}"
 
 
 def refusal(modules: Mapping[str, nn.Module], refused: Mapping[str, str]) -> str:

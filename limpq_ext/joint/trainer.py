@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from limpq_ext.conversion.prepare import quantized_layers
 from limpq_ext.joint.runner import Bits, BranchRunner, Captured
+from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import LsqQuantizer, WeightQuantizer
 from limpq_ext.training.loop import device_of
 from limpq_ext.training.update import Update

@@ -217,7 +217,7 @@ class Indicators:
                 NaN or infinite or was never given its start value by a batch in training mode; the
                 message names its layer.
         """
-        from limpq_ext.conversion.prepare import quantized_layers
+        from limpq_ext.nn.network import quantized_layers
 
         found = quantized_layers(model)
         quantizers = {

@@ -15,7 +15,7 @@ from limpq_ext.app.models import (
     load_weights,
     save_weights,
 )
-from limpq_ext.conversion.prepare import apply_policy
+from limpq_ext.conversion.apply import apply_policy
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import make_loader
 from limpq_ext.values.files import FileFormatError
