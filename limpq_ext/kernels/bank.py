@@ -8,20 +8,54 @@ backward in one call each, instead of once per layer and pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from limpq_ext.kernels.ops import bank_backward, bank_forward
-from limpq_ext.nn.layers import QuantizedLayer
 
 NO_AXIS = -(2**63)
 """What the operators take for the channel axis of a layer with one scale per bit-width."""
 
 ALIGNMENT = 64
 """Every quantized weight starts at a multiple of this many bytes: a cache line."""
+
+
+class BankedQuantizer(Protocol):
+    """What a bank needs of a weight quantizer.
+
+    Attributes:
+        bits: The bit-widths.
+        channel_axis: The axis that has a scale per index; None: one scale per bit-width.
+        scale_min: The lowest scale in use.
+        scale_max: The highest scale in use.
+    """
+
+    bits: tuple[int, ...]
+    channel_axis: int | None
+    scale_min: float
+    scale_max: float
+
+    @property
+    def scale(self) -> Tensor:
+        """The step sizes, a row for each bit-width."""
+
+    def thresholds(self, bits: int) -> tuple[int, int]:
+        """``(quant_min, quant_max)`` at a bit-width."""
+
+
+class BankedLayer(Protocol):
+    """What a bank needs of a layer."""
+
+    @property
+    def weight(self) -> Tensor:
+        """A parameter."""
+
+    @property
+    def weight_quantizer(self) -> BankedQuantizer:
+        """What quantizes it."""
 
 
 class WeightBank:
@@ -59,7 +93,7 @@ class WeightBank:
     Hooks of the parameters are not called: gradients are added to ``.grad`` directly.
     """
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, BankedLayer]) -> None:
         if not layers:
             raise ValueError("a weight bank needs at least one layer")
         for name, layer in layers.items():
