@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from limpq_ext.graph.proof import UnfollowedError, Watch, fakes_only, refusal, with_probes
+from limpq_ext.graph.proof import refusal
 from limpq_ext.graph.recorder import Recorder
+from limpq_ext.graph.watch import UnfollowedError, Watch, fakes_only, with_probes
 from limpq_ext.nn.attention import ProjectedAttention, with_layers
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, example_arguments
