@@ -98,8 +98,7 @@ class SwitchableBatchNorm(OfMadeClass, _BatchNorm):
         index = selected.reshape(1)
         row = {
             name: None if value is None else value.index_select(0, index).squeeze(0)
-            for name in self._stacked
-            for value in (getattr(self, name),)
+            for name, value in self._tensors().items()
         }
         with in_place_of(self, **row):
             output = super().forward(input)
@@ -112,8 +111,11 @@ class SwitchableBatchNorm(OfMadeClass, _BatchNorm):
 
     def row(self, index: int) -> dict[str, Tensor | None]:
         """The tensors of the ``index``-th bit-width, views, by name."""
-        values = {name: getattr(self, name) for name in self._stacked}
-        return {name: None if value is None else value[index] for name, value in values.items()}
+        tensors = self._tensors().items()
+        return {name: None if value is None else value[index] for name, value in tensors}
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in self._stacked}
 
     def extra_repr(self) -> str:
         """Features and bit-widths, as printed in a model."""

@@ -160,18 +160,17 @@ def quantize_layer(
             f"layer '{name}' is a {type(module).__name__}; quantized are {supported} and subclasses"
         )
     weight: Any = module.weight
-    options: dict[str, Any] = {"scale_max": scale_max}
     weight_quantizer = WeightQuantizer(
         weight,
         weight_bits,
         per_channel=per_channel_weights,
         channel_axis=int(getattr(module, "transposed", False)),
         symmetric=symmetric_weights,
+        scale_max=scale_max,
         name=f"layer '{name}': weight quantizer",
-        **options,
     )
     input_quantizer = ActivationQuantizer(
-        activation_bits, name=f"layer '{name}': input quantizer", **options
+        activation_bits, scale_max=scale_max, name=f"layer '{name}': input quantizer"
     ).to(weight.device)
     layer = quantized_twin(module, weight_quantizer, input_quantizer)
     layer.train(module.training)
