@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -22,21 +22,18 @@ from limpq_ext.allocation.budgets import (
 from limpq_ext.allocation.infeasible import least_limit, why_infeasible
 from limpq_ext.allocation.problem import Problem, Question, make_problem
 from limpq_ext.values.costs import Costs
-from limpq_ext.values.files import STRICT, load_document, open_atomically, save_document
+from limpq_ext.values.files import Document, Strict, open_atomically
 from limpq_ext.values.indicators import Indicators
 from limpq_ext.values.policy import BudgetUse, Policy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMAT: Final = "limpq-curve"
-VERSION: Final = 1
-
 _SHOWN: Final = 12  # points that the printed table has, about
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(Strict):
     """The best policy within one limit.
 
     Attributes:
@@ -49,11 +46,9 @@ class CurvePoint:
     used: int | float
     policy: Policy
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
 
 @dataclass(frozen=True)
-class UniformPoint:
+class UniformPoint(Strict):
     """A uniform policy beside the curve; layers with one choice only keep that.
 
     Attributes:
@@ -72,11 +67,9 @@ class UniformPoint:
     allowed: bool
     best: float | None
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Document):
     """What `pareto` found.
 
     Attributes:
@@ -98,7 +91,8 @@ class Curve:
     knee: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-curve"
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", tuple(self.points))
@@ -107,34 +101,6 @@ class Curve:
             raise ValueError("curve: there are no points")
         if self.knee is not None and not 0 <= self.knee < len(self.points):
             raise ValueError(f"curve: knee {self.knee} is not one of {len(self.points)} points")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the curve to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for something in ``meta``.
-            OSError: If the file cannot be written.
-        """
-        save_document(path, self, format=FORMAT, version=VERSION)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Curve:
-        """Read a curve from a JSON file that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The curve, checked.
-
-        Raises:
-            OSError: If the file is missing (FileNotFoundError) or cannot be read.
-            FileFormatError: If it does not hold a valid curve.
-        """
-        return load_document(path, cls, format=FORMAT, version=VERSION)
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write points and uniform policies as a table, atomically.

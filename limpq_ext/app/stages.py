@@ -24,12 +24,11 @@ from limpq_ext.training.distributed import from_main, is_main
 from limpq_ext.training.loop import Recording, StepDone
 from limpq_ext.training.metrics import Journal, MetricsFile, TensorBoard
 from limpq_ext.values.files import (
-    STRICT,
+    Document,
     FileFormatError,
-    load_document,
+    Strict,
     open_atomically,
     remove_leftovers,
-    save_document,
 )
 
 FLOAT_WEIGHTS: Final = "float.safetensors"
@@ -58,9 +57,6 @@ OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "evaluate": (),
 }
 """The stages of a run in their order, and what each writes beside its records."""
-
-_FORMAT: Final = "limpq-run"
-_VERSION: Final = 1
 
 
 class Reporter(Protocol):
@@ -95,7 +91,7 @@ def digest_of(settings: Sequence[Any], files: Mapping[str, Path]) -> str:
 
 
 @dataclass(frozen=True)
-class _Done:
+class _Done(Strict):
     """A stage in the record.
 
     Attributes:
@@ -110,11 +106,9 @@ class _Done:
     outputs: dict[str, str | None]
     seconds: float
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
 
 @dataclass(frozen=True)
-class _Record:
+class _Record(Document):
     """What ``stages.json`` holds.
 
     Attributes:
@@ -125,7 +119,8 @@ class _Record:
     stages: dict[str, _Done] = field(default_factory=dict)
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-run"
+    VERSION: ClassVar[int] = 1
 
 
 def read_record(path: Path) -> _Record:
@@ -135,7 +130,7 @@ def read_record(path: Path) -> _Record:
         OSError: It cannot be read.
         FileFormatError: It is no such file.
     """
-    return load_document(path, _Record, format=_FORMAT, version=_VERSION)
+    return _Record.load(path)
 
 
 @dataclass(frozen=True)
@@ -369,7 +364,7 @@ class Stages:
 
     def _save(self, record: _Record) -> None:
         self._record = record
-        save_document(self.folder / STAGES, record, format=_FORMAT, version=_VERSION)
+        record.save(self.folder / STAGES)
 
     def _says_the_same(self) -> bool:
         """Whether the folder's recipe is the one that is run."""

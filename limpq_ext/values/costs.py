@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Final
 
 from limpq_ext.values.bits import check_bits
-from limpq_ext.values.files import STRICT, load_document, save_document
+from limpq_ext.values.files import Document, Strict
 from limpq_ext.values.reading import shown
 
-FORMAT: Final = "limpq-costs"
-VERSION: Final = 1
 
 FIXED_BITS: Final = 8
 """Bit-width of the first and the last layer, weights and activations, which are not searched."""
@@ -33,7 +30,7 @@ FLOAT_BITS: Final = 32
 
 
 @dataclass(frozen=True)
-class LayerCost:
+class LayerCost(Strict):
     """The cost of one layer; checked as part of `Costs`.
 
     Attributes:
@@ -50,11 +47,9 @@ class LayerCost:
     weights: int
     activations: int
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
 
 @dataclass(frozen=True)
-class LiveTensor:
+class LiveTensor(Strict):
     """A tensor between two layers, and how long it is needed; checked as part of `Costs`.
 
     Time is counted in layer calls: moment 0 is the first call of a quantizable layer in a forward.
@@ -75,11 +70,9 @@ class LiveTensor:
     first: int
     last: int
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
 
 @dataclass(frozen=True)
-class Costs:
+class Costs(Document):
     """The costs of a network.
 
     The methods take an assignment: for each searchable layer its name and (weight bits, activation
@@ -116,7 +109,8 @@ class Costs:
     parameters: int | None = None
     float_parameters: int | None = None
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-costs"
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -332,32 +326,3 @@ class Costs:
         for name in assignment:
             if name not in known:
                 raise ValueError(f"layer {name!r} of the assignment is not in the costs")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the costs to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for something in ``meta``.
-            ValueError: If ``meta`` holds a NaN or an infinity.
-            OSError: If the file cannot be written.
-        """
-        save_document(path, self, format=FORMAT, version=VERSION)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Costs:
-        """Read costs from a JSON file that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The costs, checked.
-
-        Raises:
-            OSError: If the file is missing (FileNotFoundError) or cannot be read.
-            FileFormatError: If it does not hold valid costs.
-        """
-        return load_document(path, cls, format=FORMAT, version=VERSION)

@@ -1,6 +1,6 @@
 """How the package's files are read and written.
 
-A document is a JSON object with ``"format"`` and ``"version"`` beside the fields of one frozen
+A `Document` is a JSON object with ``"format"`` and ``"version"`` beside the fields of one frozen
 dataclass. Reading checks all of it and names the file, the field and the reason; writing goes to a
 temporary name first, so that a killed run leaves the old file or the new one and nothing between.
 """
@@ -16,16 +16,19 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from limpq_ext.values.optional import require
-from limpq_ext.values.reading import FileFormatError, read_object, reading
+from limpq_ext.values.reading import (
+    FileFormatError,
+    as_json,
+    first_problem,
+    read_object,
+    reading,
+)
 
-Document = TypeVar("Document")
-
-STRICT: Final[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
-"""``__pydantic_config__`` of every dataclass that is read from a file: no unknown fields, and no
-conversions such as "4" or 4.0 to 4."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @contextlib.contextmanager
@@ -92,58 +95,72 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         file.write(text.encode() + b"\n")
 
 
-def save_document(path: str | os.PathLike[str], value: Any, *, format: str, version: int) -> None:
-    """Write a dataclass as a JSON document, atomically.
+class Strict:
+    """Base of every dataclass that is read from a file.
 
-    Args:
-        path: The file to write or to replace.
-        value: A dataclass instance.
-        format: What the document says it is, for example ``"limpq-policy"``.
-        version: Version of that format.
-
-    Raises:
-        TypeError: If JSON has no form for a value in it.
-        ValueError: If it holds a NaN or an infinity.
-        OSError: If the file cannot be written.
+    Unknown fields are refused, and nothing is converted, such as "4" or 4.0 to 4.
     """
-    write_json(path, {"format": format, "version": version, **dataclasses.asdict(value)})
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
 
 
-def load_document(
-    path: str | os.PathLike[str], kind: type[Document], *, format: str, version: int
-) -> Document:
-    """Read a JSON document into a dataclass, checking every field.
+class Document(Strict):
+    """Base of a frozen dataclass that is a file of its own; the dataclasses in it are `Strict`.
 
-    Args:
-        path: The file.
-        kind: The dataclass; it and the dataclasses in it set ``__pydantic_config__ = STRICT``.
-        format: What the document must say it is.
-        version: The version of that format that can be read.
-
-    Returns:
-        An instance of ``kind``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        OSError: If it cannot be read: a folder, no permission.
-        FileFormatError: If it is not such a document; the message names file, field and reason.
+    Attributes:
+        FORMAT: What the file says it is.
+        VERSION: The version of that format that is written and can be read.
     """
-    document = read_object(path, format)
-    for field, expected in (("format", format), ("version", version)):
-        if field not in document:
-            raise FileFormatError(f"{os.fspath(path)}: {field}: is missing, not a {format} file")
-        value = document.pop(field)
-        if type(value) is not type(expected) or value != expected:
-            known = f"this limpq_ext reads {field} {json.dumps(expected)}"
-            raise FileFormatError(f"{os.fspath(path)}: {field}: is {_shown(value)}; {known}")
-    pydantic = require("pydantic", "search")
-    with reading(path):
-        try:
-            value = pydantic.TypeAdapter(kind).validate_json(json.dumps(document))
-        except pydantic.ValidationError as error:
-            raise FileFormatError(_first(error, document)) from error
-        _check_finite(document, "")
-        return value
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a JSON file, atomically.
+
+        Args:
+            path: The file to write or to replace.
+
+        Raises:
+            TypeError: If JSON has no form for a value in it.
+            ValueError: If it holds a NaN or an infinity.
+            OSError: If the file cannot be written.
+        """
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        write_json(path, {"format": self.FORMAT, "version": self.VERSION, **fields})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            What it holds, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read: a folder, no
+                permission.
+            FileFormatError: If it is not such a file; the message names file, field and reason.
+        """
+        document = read_object(path, cls.FORMAT)
+        for field, expected in (("format", cls.FORMAT), ("version", cls.VERSION)):
+            where = f"{os.fspath(path)}: {field}"
+            if field not in document:
+                raise FileFormatError(f"{where}: is missing, not a {cls.FORMAT} file")
+            value = document.pop(field)
+            if type(value) is not type(expected) or value != expected:
+                known = f"this limpq_ext reads {field} {as_json(expected)}"
+                raise FileFormatError(f"{where}: is {as_json(value)}; {known}")
+        pydantic = require("pydantic", "search")
+        with reading(path):
+            try:
+                value = pydantic.TypeAdapter(cls).validate_json(json.dumps(document))
+            except pydantic.ValidationError as error:
+                raise FileFormatError(first_problem(error, document)) from error
+            _check_finite(document, "")
+            return value
 
 
 def _check_finite(value: Any, field: str) -> None:
@@ -156,36 +173,3 @@ def _check_finite(value: Any, field: str) -> None:
     elif isinstance(value, list):
         for place, inner in enumerate(value):
             _check_finite(inner, f"{field}[{place}]")
-
-
-def _first(error: Any, document: Any) -> str:
-    """'field: reason' of the first thing that pydantic found, and how many more there are."""
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    field = ""
-    value = document
-    for part in first["loc"]:  # it ends in type names and the like, which are no part of the file
-        if isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-            field += f"[{part}]"
-        elif isinstance(value, dict) and (part in value or first["type"] == "missing"):
-            value = value.get(part)
-            field += f".{part}" if field else f"{part}"
-        else:
-            break
-    if first["type"] == "missing":
-        reason = "is missing"
-    elif first["type"] == "unexpected_keyword_argument":
-        reason = "is not a field of this format"
-    elif first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
-    else:
-        reason = f"{first['msg']}, got {_shown(first['input'])}"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return (f"{field}: " if field else "") + reason + more
-
-
-def _shown(value: object) -> str:
-    """A value as JSON, cut to a length that fits a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 from limpq_ext.values.bits import check_bits
-from limpq_ext.values.files import STRICT, load_document, save_document
+from limpq_ext.values.files import Document, Strict
 from limpq_ext.values.reading import reading
 
 if TYPE_CHECKING:
     from torch import nn
-
-FORMAT: Final = "limpq-indicators"
-VERSION: Final = 1
 
 Kind = Literal["weight", "activation"]
 Rule = Literal["forbid", "isotonic", "keep"]
@@ -34,7 +31,7 @@ RULES: Final[tuple[Rule, ...]] = get_args(Rule)
 
 
 @dataclass(frozen=True)
-class LayerIndicators:
+class LayerIndicators(Strict):
     """The indicators of one layer; checked as part of `Indicators`.
 
     Attributes:
@@ -46,8 +43,6 @@ class LayerIndicators:
     name: str
     weight: dict[int, float]
     activation: dict[int, float]
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
 
     def __post_init__(self) -> None:
         for kind in KINDS:  # plain numbers, also where numpy's or a tensor's were given
@@ -77,7 +72,7 @@ class NonMonotone:
 
 
 @dataclass(frozen=True)
-class Indicators:
+class Indicators(Document):
     """What joint training learned and the search needs.
 
     Attributes:
@@ -95,7 +90,8 @@ class Indicators:
     layers: tuple[LayerIndicators, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-indicators"
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         bits = sorted(check_bits("indicators", b) for b in self.bits)
@@ -124,35 +120,6 @@ class Indicators:
                 raise ValueError(f"{what} at {b} bits: the candidates are {list(self.bits)}")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{what} at {b} bits is {value}")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the indicators to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for something in ``meta``.
-            ValueError: If ``meta`` holds a NaN or an infinity.
-            OSError: If the file cannot be written.
-        """
-        save_document(path, self, format=FORMAT, version=VERSION)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Indicators:
-        """Read indicators from a JSON file that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The indicators, checked.
-
-        Raises:
-            OSError: If the file is missing (FileNotFoundError) or cannot be read.
-            FileFormatError: If it does not hold valid indicators.
-        """
-        return load_document(path, cls, format=FORMAT, version=VERSION)
 
     @classmethod
     def from_limpq(cls, path: str | os.PathLike[str]) -> Indicators:

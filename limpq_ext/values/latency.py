@@ -8,7 +8,7 @@ import io
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -16,11 +16,9 @@ from typing import Any, ClassVar, Final
 
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import Costs
-from limpq_ext.values.files import STRICT, load_document, save_document
+from limpq_ext.values.files import Document, Strict
 from limpq_ext.values.reading import FileFormatError, decode, read_bytes, reading, shown
 
-FORMAT: Final = "limpq-latency"
-VERSION: Final = 1
 HEADER: Final = ("layer", "weight_bits", "activation_bits", "seconds")
 """First line of a table in CSV."""
 
@@ -30,7 +28,7 @@ _SHOWN: Final = 5  # missing entries that an error lists
 
 
 @dataclass(frozen=True)
-class LatencyEntry:
+class LatencyEntry(Strict):
     """How long one layer takes at one pair of bits.
 
     Attributes:
@@ -50,8 +48,6 @@ class LatencyEntry:
     activation_bits: int
     seconds: float
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
     def __post_init__(self) -> None:
         for what in ("weight_bits", "activation_bits"):
             bits = check_bits(f"latency of layer {self.layer!r}: {what}", getattr(self, what))
@@ -68,7 +64,7 @@ class LatencyEntry:
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Document):
     """A measured latency table.
 
     Attributes:
@@ -82,7 +78,8 @@ class LatencyTable:
     entries: tuple[LatencyEntry, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-latency"
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(self.entries))
@@ -145,19 +142,6 @@ class LatencyTable:
             more = ", ..." if len(missing) > _SHOWN else ""
             raise ValueError(f"latency table: {len(missing)} entries are missing: {shown}{more}")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for something in ``meta``.
-            ValueError: If ``meta`` holds a NaN or an infinity.
-            OSError: If the file cannot be written.
-        """
-        save_document(path, self, format=FORMAT, version=VERSION)
-
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read a table that `save` wrote, or one in CSV.
@@ -175,11 +159,11 @@ class LatencyTable:
         """
         if Path(path).suffix.lower() == ".csv":
             return _from_csv(path)
-        return load_document(path, cls, format=FORMAT, version=VERSION)
+        return super().load(path)
 
 
 def _from_csv(path: str | os.PathLike[str]) -> LatencyTable:
-    data = read_bytes(path, FORMAT)
+    data = read_bytes(path, LatencyTable.FORMAT)
     with reading(path):
         text = decode(data)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import FIXED_BITS, Costs
-from limpq_ext.values.files import STRICT, load_document, save_document
+from limpq_ext.values.files import Document, Strict
 from limpq_ext.values.reading import FileFormatError, reading
-
-FORMAT: Final = "limpq-policy"
-VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class LayerBits:
+class LayerBits(Strict):
     """The bits of one layer.
 
     Attributes:
@@ -35,8 +32,6 @@ class LayerBits:
     weight_bits: int
     activation_bits: int
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
-
     def __post_init__(self) -> None:
         for what in ("weight_bits", "activation_bits"):
             bits = check_bits(f"layer {self.name!r}: {what}", getattr(self, what))
@@ -44,7 +39,7 @@ class LayerBits:
 
 
 @dataclass(frozen=True)
-class BudgetUse:
+class BudgetUse(Strict):
     """One budget of a search, in the user's units.
 
     Attributes:
@@ -57,8 +52,6 @@ class BudgetUse:
     name: str
     limit: int | float
     used: int | float
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
 
     @property
     def kept(self) -> bool:
@@ -121,7 +114,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Document):
     """The bits of every layer, as the search found them or as somebody chose them.
 
     Attributes:
@@ -146,7 +139,8 @@ class Policy:
     budgets: tuple[BudgetUse, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = STRICT
+    FORMAT: ClassVar[str] = "limpq-policy"
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for what in ("layers", "fixed", "budgets"):
@@ -297,32 +291,3 @@ class Policy:
             sum(layer.weight_bits for layer in self.layers) / count,
             sum(layer.activation_bits for layer in self.layers) / count,
         )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for something in ``meta``.
-            ValueError: If ``meta`` or a budget holds a NaN or an infinity.
-            OSError: If the file cannot be written.
-        """
-        save_document(path, self, format=FORMAT, version=VERSION)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Read a policy from a JSON file that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The policy, checked.
-
-        Raises:
-            OSError: If the file is missing (FileNotFoundError) or cannot be read.
-            FileFormatError: If it does not hold a valid policy.
-        """
-        return load_document(path, cls, format=FORMAT, version=VERSION)

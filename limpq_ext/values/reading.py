@@ -96,6 +96,59 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def first_line(error: Exception, *, typed: bool = False) -> str:
+    """What an error says, in one line: whatever raised it may add a page of advice.
+
+    Args:
+        error: From code that is not ours.
+        typed: Put the name of its type in front. Where it says nothing, that stands alone anyway.
+    """
+    name = type(error).__name__
+    line = (str(error).strip().splitlines() or [""])[0]
+    return (f"{name}: {line}" if typed else line) if line else name
+
+
+def first_problem(error: Any, document: Any) -> str:
+    """'field: reason' of the first thing that pydantic found, and how many more there are.
+
+    Args:
+        error: Its ValidationError.
+        document: What it checked: containers, strings and numbers.
+    """
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    field = ""
+    value = document
+    for part in first["loc"]:  # it ends in type names and the like, which are no part of the file
+        if isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            value = value[part]
+            field += f"[{part}]"
+        elif isinstance(value, dict) and (part in value or first["type"] == "missing"):
+            value = value.get(part)
+            field += f".{part}" if field else f"{part}"
+        else:
+            break
+    if first["type"] == "missing":
+        reason = "is missing"
+    elif first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        reason = "unknown key"
+    elif first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+    else:
+        reason = f"{first['msg']}, got {as_json(first['input'])}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return (f"{field}: " if field else "") + reason + more
+
+
+def as_json(value: object) -> str:
+    """A value as a file has it, cut to a length that fits a message."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):  # of YAML: a date, an integer that Python does not write
+        return shown(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def shown(value: object) -> str:
     """A value of any size and shape in a few characters."""
     return _Short().repr(value)

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from limpq_ext.values.optional import require
-from limpq_ext.values.reading import DEPTH, check_pickle, open_regular, reading, shown
+from limpq_ext.values.reading import (
+    DEPTH,
+    check_pickle,
+    first_line,
+    open_regular,
+    reading,
+    shown,
+)
 
 _LEGACY_PICKLES: Final = 5  # magic number, version, system, content, names of storages
 _SIZED: Final = re.compile(
@@ -62,8 +69,7 @@ def _loaded(file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # The first line says why, those after it advise to trust the file.
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(reason or type(error).__name__) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _check_archive(file: BinaryIO, size: int) -> None:
