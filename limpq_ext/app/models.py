@@ -24,7 +24,7 @@ from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.values.files import open_atomically
 from limpq_ext.values.optional import require
-from limpq_ext.values.reading import FileFormatError, reading
+from limpq_ext.values.reading import FileFormatError, first_line, reading
 from limpq_ext.values.tensor_files import load_safetensors, load_saved
 
 
@@ -126,10 +126,9 @@ def create_model(name: str, *, weights: str | None = None, **options: Any) -> nn
     except (OSError, RuntimeError) as error:
         if weights is None:
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"weights '{weights}' of '{name}' could not be downloaded ({first_line}); give a local"
-            " file instead"
+            f"weights '{weights}' of '{name}' could not be downloaded ({first_line(error)}); give a"
+            " local file instead"
         ) from error
 
 

@@ -19,6 +19,7 @@ from limpq_ext.values.reading import (
     YAML_BYTES,
     FileFormatError,
     decode,
+    first_problem,
     parse_yaml,
     read_bytes,
     reading,
@@ -427,10 +428,7 @@ def _validated(kind: Any, content: dict[str, Any], source: str) -> Any:
     try:
         return kind.model_validate(content)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise ValueError(f"{source}: {key}: {reason}") from error
+        raise ValueError(f"{source}: {first_problem(error, content)}") from error
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

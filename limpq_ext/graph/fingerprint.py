@@ -23,6 +23,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from limpq_ext.values.reading import first_line
+
 _VIEWS = frozenset(
     ("alias", "clone", "contiguous", "detach", "reshape", "_reshape_alias", "view", "_unsafe_view")
 )
@@ -53,9 +55,8 @@ def graph_digest(model: nn.Module, example_input: Tensor) -> str:
         with torch.enable_grad(), fake_mode, recorder:
             model(fake_mode.from_tensor(sample))
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"cannot follow {type(model).__name__}.forward: {type(error).__name__}: {first_line}"
+            f"cannot follow {type(model).__name__}.forward: {first_line(error, typed=True)}"
         ) from error
     return _digest(recorder.calls)
 

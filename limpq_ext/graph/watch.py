@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from limpq_ext.nn.layers import QuantizedLayer, quantizable_base, quantized_twin
 from limpq_ext.nn.swapping import float_class, swap_modules
+from limpq_ext.values.reading import first_line
 
 # Operators of ATen that sum products, and the places of the arguments that they multiply.
 _PRODUCTS: dict[str, tuple[int, ...]] = {
@@ -182,11 +183,10 @@ class Watch(TorchDispatchMode):
                 return model(*inputs, **keywords)
         except Exception as error:  # whatever a model's own forward raises on fake tensors
             where = f", in '{self._failed}'" if self._failed else ""
-            first_line = (str(error).splitlines() or [""])[0]
             raise UnfollowedError(
                 f"cannot follow {float_class(model).__name__}.forward on fake tensors of shape"
                 f" {[tuple(tensor.shape) for tensor in fakes]}{where}:"
-                f" {type(error).__name__}: {first_line}"
+                f" {first_line(error, typed=True)}"
             ) from error
 
     def bypassed(self) -> dict[str, str]:

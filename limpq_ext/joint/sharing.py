@@ -30,6 +30,7 @@ from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.nn.swapping import with_class
+from limpq_ext.values.reading import first_line
 
 _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
 # Their forwards look at shapes, which a graph does not know.
@@ -169,10 +170,9 @@ def _untraceable(model: nn.Module) -> Iterator[None]:
     except UntraceableError:
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
         raise UntraceableError(
             f"torch.fx cannot follow {type(model).__name__}.forward:"
-            f" {type(error).__name__}: {first_line}"
+            f" {first_line(error, typed=True)}"
         ) from error
 
 

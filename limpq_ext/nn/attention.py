@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limpq_ext.nn.swapping import OfMadeClass, made_class, swap_modules, with_class
+from limpq_ext.values.reading import first_line
 
 
 class ProjectedAttention(nn.MultiheadAttention):
@@ -261,8 +262,7 @@ def copied(model: nn.Module, kept: dict[int, Any] | None = None) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever a model's own parts raise
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"cannot copy {type(model).__name__}: {first_line}") from error
+        raise ValueError(f"cannot copy {type(model).__name__}: {first_line(error)}") from error
 
 
 def _attributes(model: nn.Module) -> list[Tensor]:

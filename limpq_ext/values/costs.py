@@ -12,7 +12,6 @@ from limpq_ext.values.bits import check_bits
 from limpq_ext.values.files import Document, Strict
 from limpq_ext.values.reading import shown
 
-
 FIXED_BITS: Final = 8
 """Bit-width of the first and the last layer, weights and activations, which are not searched."""
 

@@ -120,8 +120,8 @@ def first_problem(error: Any, document: Any) -> str:
     field = ""
     value = document
     for part in first["loc"]:  # it ends in type names and the like, which are no part of the file
-        if isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
-            value = value[part]
+        if isinstance(value, list | tuple) and isinstance(part, int):
+            value = value[part] if part < len(value) else None
             field += f"[{part}]"
         elif isinstance(value, dict) and (part in value or first["type"] == "missing"):
             value = value.get(part)

@@ -575,7 +575,7 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         ),
         ((*SEARCH, "indicators.json", "--restrictions", "key.yaml"), "learning_rate: unknown key"),
         ((*SEARCH, "indicators.json", "--restrictions", "none.yaml"), "'none.yaml' does not exist"),
-        ((*SEARCH, "indicators.json", "--restrictions", "pairs.yaml"), "pairs.yaml: pairs.*.0: "),
+        ((*SEARCH, "indicators.json", "--restrictions", "pairs.yaml"), "pairs.yaml: pairs.*[0]: "),
         ((*SEARCH, "indicators.json", "--weight-bits", 1), "weight_bits: 1 bits is outside"),
         ((*SEARCH, "indicators.json", "--explain", "z"), "no searchable layer 'z'"),
         (

@@ -1,3 +1,4 @@
+import datetime
 import inspect
 from fractions import Fraction
 
@@ -141,21 +142,27 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
     ("content", "message"),
     [
         ({"epochs": 3}, "recipe: epochs: unknown key"),
-        ({"joint": {"epoch": 3}}, "recipe: joint"),
+        ({"joint": {"epoch": 3}}, r"recipe: joint\.epochs: is missing \(and 2 more\)"),
         ({"finetune": {"epochs": 1, "lr": 0.1, "rate": 1}}, "recipe: finetune.rate: unknown key"),
         (
             {"finetune": {"epochs": 0, "lr": 0.1}},
             "recipe: finetune.epochs: .*greater than or equal",
         ),
-        ({"finetune": {"epochs": 1, "lr": -1}}, "recipe: finetune.lr: .*greater than 0"),
-        ({"bits": [1, 4]}, "recipe: bits: .*1 bits is outside 2 to 16"),
+        ({"finetune": {"epochs": 1, "lr": -1}}, "recipe: finetune.lr: .*greater than 0, got -1$"),
+        (
+            {"finetune": {"epochs": 1, "lr": 1, "init": "joint"}, "bits": [2]},
+            "^recipe: finetune.init is joint",
+        ),
+        ({"bits": [1, 4]}, "recipe: bits: .*1 bits is outside 2 to 16$"),
         ({"bits": []}, "recipe: bits: .*bits is empty"),
         ({"bits": "all"}, "recipe: bits: "),
         ({"search": {"non_monotone": "ignore"}}, "recipe: search.non_monotone: .*forbid"),
         ({"search": {"size": "big"}}, "recipe: search.size: .*'big' is not a number, a level"),
+        ({"search": {"bitops": [1]}}, "recipe: search.bitops: .*valid number, got "),
+        ({"seed": datetime.date(2020, 1, 1)}, "recipe: seed: .*integer, got datetime.date"),
         ({"search": {"size": "w1a4"}}, "recipe: search.size: .*outside 2 to 16"),
         ({"search": {"fixed": {"a": "8"}}}, "recipe: search.fixed.a: .*no pair of bits"),
-        ({"search": {"pairs": {"a": [[4]]}}}, "recipe: search.pairs.a.0"),
+        ({"search": {"pairs": {"a": [[4]]}}}, r"recipe: search\.pairs\.a\[0\]\[1\]: is missing"),
         ({"search": {"min_bits": {"a": 1}}}, "recipe: search.min_bits.a"),
         ({"search": {"weight_bits": 17}}, "recipe: search.weight_bits: .*less than or equal"),
         ({"baseline": {"weight_bits": 32}}, "recipe: baseline.weight_bits: "),

@@ -1,3 +1,5 @@
+"""What is saved comes back, or is refused with the reason."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -6,17 +8,10 @@ import os
 from typing import ClassVar
 
 import pytest
-from torch import nn
 
-from limpq_ext import FileFormatError, Indicators, LatencyTable, Policy
-from limpq_ext.app.models import load_weights
-from limpq_ext.app.recipe import load_recipe, load_restrictions
-from limpq_ext.training.checkpoint import Checkpoint
-from limpq_ext.training.metrics import MetricsFile
 from limpq_ext.values import files
 from limpq_ext.values.files import Document, Strict, open_atomically
-from limpq_ext.values.optional import require
-from limpq_ext.values.reading import reading
+from limpq_ext.values.reading import FileFormatError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,73 +181,12 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
     assert ours.stat().st_mode == usual.stat().st_mode
 
 
-def test_a_module_that_is_not_installed_names_its_extra():
-    with pytest.raises(
-        ImportError, match=r"needs no_such_module: pip install 'limpq_ext\[search\]'"
-    ):
-        require("no_such_module", "search")
-
-
-@pytest.mark.parametrize("name", ["pipe", "zero"])
-@pytest.mark.parametrize(
-    "read",
-    [
-        Whole.load,
-        Indicators.from_limpq,
-        Indicators.from_limpq_checkpoint,
-        Indicators.from_checkpoint,
-        lambda path: Policy.from_limpq(path, ["a"]),
-        LatencyTable.load,
-        lambda path: load_weights(nn.Linear(1, 1), path),
-        lambda path: load_weights(nn.Linear(1, 1), path.with_suffix(".safetensors")),
-        lambda path: load_recipe(path),
-        lambda path: load_restrictions(path),
-        lambda path: Checkpoint(path).load(),
-        lambda path: MetricsFile(path).start("a"),
-    ],
-)
-def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, name, read):
-    for path in (tmp_path / name, tmp_path / f"{name}.safetensors"):
-        if name == "pipe":
-            os.mkfifo(path)
-        else:
-            path.symlink_to("/dev/zero")
-    with pytest.raises(FileFormatError, match="a pipe or a device, not a"):
-        read(tmp_path / name)
-
-
 def test_a_file_that_is_larger_than_files_are_is_not_read_whole(tmp_path):
     path = tmp_path / "large.json"
     with path.open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(FileFormatError, match="larger than a test file may be, 32 MiB"):
         Whole.load(path)
-
-
-def test_an_error_is_one_printable_line_of_bounded_length():
-    error = FileFormatError("x.json: layer 'a\x1b[31m\u2028\ud800\nb': wrong" + "x" * 10**6)
-    assert str(error).startswith("x.json: layer 'a\\x1b[31m ")
-    assert str(error).isprintable()
-    assert len(str(error)) == 1000
-
-
-def test_whatever_a_parser_raises_names_the_file():
-    for raised, said in (
-        (KeyError("x"), "not a list: KeyError: 'x'"),
-        (MemoryError(), "not a list: needs more memory than there is"),
-        (RecursionError(), "not a list: is nested too deeply"),
-        (ValueError("wrong"), "not a list: wrong"),
-        (FileFormatError("a.txt: wrong"), "wrong"),
-        (FileFormatError("field: wrong"), "field: wrong"),
-    ):
-        with pytest.raises(FileFormatError) as caught, reading("a.txt", "not a list"):
-            raise raised
-        assert str(caught.value) == f"a.txt: {said}"
-
-
-def test_a_missing_library_is_not_taken_for_a_wrong_file():
-    with pytest.raises(ImportError, match="not here"), reading("a.txt"):
-        raise ImportError("not here")
 
 
 def test_a_file_with_a_mark_in_front_is_read(tmp_path):
