@@ -6,11 +6,12 @@ https://github.com/1hunters/LIMPQ names the layers of a model under DataParallel
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from limpq_ext.values.files import open_atomically
 from limpq_ext.values.indicators import StepSizes
+from limpq_ext.values.policy import LayerBits, Policy
 from limpq_ext.values.reading import (
     FileFormatError,
     decode,
@@ -80,17 +81,15 @@ def _step_sizes(content: Any, bits: Sequence[int]) -> Iterator[StepSizes]:
         yield name.removeprefix("module."), *values
 
 
-def read_bit_lists(path: str | os.PathLike[str]) -> tuple[list[int], list[int]]:
-    """The lists ``weight_bits`` and ``act_bits`` of a YAML configuration of its fine-tuning.
-
-    Returns:
-        Weight bits and activation bits of the layers that are not excepted.
+def read_policy(path: str | os.PathLike[str], layers: Iterable[str]) -> Policy:
+    """The policy of a YAML configuration of its fine-tuning, see `Policy.from_limpq`.
 
     Raises:
         OSError: If the file cannot be read.
-        FileFormatError: If it is not YAML or lacks one of them.
+        FileFormatError: If it is not YAML, lacks a list, or they do not fit the layers.
         ImportError: If PyYAML is not installed.
     """
+    names = list(layers)
     data = read_bytes(path, "LIMPQ configuration")
     with reading(path, "not a YAML file"):
         content = parse_yaml(decode(data))
@@ -99,19 +98,30 @@ def read_bit_lists(path: str | os.PathLike[str]) -> tuple[list[int], list[int]]:
         values = content.get(key) if isinstance(content, dict) else None
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise FileFormatError(f"{os.fspath(path)}: {key}: is no list of integers")
+        if len(values) != len(names):
+            raise FileFormatError(
+                f"{os.fspath(path)}: {key}: has {len(values)} entries for {len(names)} layers"
+            )
         lists.append(values)
-    weight, activation = lists
-    return weight, activation
+    with reading(path):
+        return Policy(tuple(map(LayerBits, names, *lists)), meta={"source": "LIMPQ"})
 
 
-def write_bit_lists(
-    path: str | os.PathLike[str], weight: Sequence[int], activation: Sequence[int]
+def write_policy(
+    policy: Policy, path: str | os.PathLike[str], layers: Iterable[str] | None = None
 ) -> None:
-    """Write the two lists, to be pasted into such a configuration, atomically.
+    """Write the two lists, to be pasted into such a configuration, see `Policy.save_limpq`.
 
     Raises:
+        ValueError: If ``layers`` are not those of the policy.
         OSError: If the file cannot be written.
     """
+    bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in policy.layers}
+    names = list(bits) if layers is None else list(layers)
+    if sorted(names) != sorted(bits):
+        odd = next((n for n in [*names, *bits] if names.count(n) != (n in bits)), None)
+        raise ValueError(f"layers: {odd!r} stands in the policy or in layers, not once in both")
+    weight, activation = zip(*(bits[name] for name in names), strict=True)
     with open_atomically(path) as file:
         file.write(f"weight_bits: {list(weight)}\nact_bits: {list(activation)}\n".encode())
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import FIXED_BITS, Costs
 from limpq_ext.values.files import Document, Strict
-from limpq_ext.values.reading import FileFormatError, reading
 
 
 @dataclass(frozen=True)
@@ -252,16 +251,9 @@ class Policy(Document):
             FileFormatError: If it has no such lists, or they do not fit the layers.
             ImportError: If PyYAML is not installed.
         """
-        from limpq_ext.values.limpq_files import read_bit_lists
+        from limpq_ext.values.limpq_files import read_policy
 
-        names, lists = list(layers), read_bit_lists(path)
-        for key, values in zip(("weight_bits", "act_bits"), lists, strict=True):
-            if len(values) != len(names):
-                raise FileFormatError(
-                    f"{os.fspath(path)}: {key}: has {len(values)} entries for {len(names)} layers"
-                )
-        with reading(path):
-            return cls(tuple(map(LayerBits, names, *lists)), meta={"source": "LIMPQ"})
+        return read_policy(path, layers)
 
     def save_limpq(self, path: str | os.PathLike[str], layers: Iterable[str] | None = None) -> None:
         """Write the lists ``weight_bits`` and ``act_bits`` for LIMPQ's own fine-tuning.
@@ -275,14 +267,9 @@ class Policy(Document):
             ValueError: If ``layers`` are not those of the policy.
             OSError: If the file cannot be written.
         """
-        from limpq_ext.values.limpq_files import write_bit_lists
+        from limpq_ext.values.limpq_files import write_policy
 
-        bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
-        names = list(bits) if layers is None else list(layers)
-        if sorted(names) != sorted(bits):
-            odd = next((n for n in [*names, *bits] if names.count(n) != (n in bits)), None)
-            raise ValueError(f"layers: {odd!r} stands in the policy or in layers, not once in both")
-        write_bit_lists(path, *zip(*(bits[name] for name in names), strict=True))
+        write_policy(self, path, layers)
 
     def mean_bits(self) -> tuple[float, float]:
         """Mean weight bits and mean activation bits over ``layers``, each counting the same."""
