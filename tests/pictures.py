@@ -25,3 +25,27 @@ def write_classes(root, counts, *, suffix=".png", seed=0):
 
 def cut_short(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def written(folder, image, name="image.png", **options):
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def broken_files(folder):
+    """Files that are no images, and the words that say why."""
+    written(folder, Image.fromarray(np.zeros((4, 4), np.float32)), "float.tif")
+    written(folder, Image.fromarray(np.full((4, 4), 70000, np.int32)), "deep.tif")
+    for name in ("cut.png", "cut.jpg"):
+        cut_short(written(folder, Image.fromarray(pixels(1, (64, 64))), name))
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("no image")
+    return {
+        "float.tif": "the range of floating-point pixels is not known",
+        "deep.tif": "grey levels from 70000 to 70000 do not fit 16 bits",
+        "cut.png": "",
+        "cut.jpg": "truncated",
+        "empty.png": "is not an image",
+        "text.png": "is not an image",
+        "missing.png": "No such file",
+    }

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from limpq_ext.data.glyphs import CLASSES
-from limpq_ext.data.images import OnCorrupt, Scan
+from limpq_ext.data.images import OnCorrupt
+from limpq_ext.data.scan import Scan
 from limpq_ext.data.sources import canonical_name
 from limpq_ext.data.transforms import Augment
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from limpq_ext.data.images import ImageFiles, OnCorrupt, Scan, Scanned, scan_images
-from limpq_ext.data.loading import Data, Images, ImageSet
+from limpq_ext.data.images import ImageFiles, Images, OnCorrupt
+from limpq_ext.data.loading import Data, ImageSet
+from limpq_ext.data.scan import Scan, Scanned, scan_images
 from limpq_ext.data.sources import Kind, Opened, canonical_name, open_source
 from limpq_ext.data.splits import stratified_split
 from limpq_ext.data.transforms import Augment, evaluation_transform, training_transform

@@ -1,33 +1,26 @@
-"""Image files: any kind decoded to the same tensors, and what is done about broken ones."""
+"""Images of a split, and image files: any kind decoded to the same tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from limpq_ext.values.files import write_json
 from limpq_ext.values.optional import require
-from limpq_ext.values.reading import FileFormatError, read_object
 
 SUFFIXES: Final = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 """What counts as an image in a folder; other files are not looked at."""
 
-PIECE: Final = 500
-"""Files that a scan remembers together, and that one thread looks at."""
-
-Scan = Literal["off", "open", "decode"]
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -58,10 +51,16 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
         UnreadableImageError: It is no image, cut short, or of a kind without a known range.
     """
     image = require("PIL.Image", "train")
+    with decoding(path), image.open(path) as file:
+        return _to_tensor(file, channels)
+
+
+@contextlib.contextmanager
+def decoding(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever Pillow raises into an UnreadableImageError that begins with the file's name."""
     try:
-        with image.open(path) as file:
-            return _to_tensor(file, channels)
-    except MemoryError:
+        yield
+    except (MemoryError, UnreadableImageError):
         raise
     except Exception as error:  # Pillow's decoders raise errors of many classes
         raise UnreadableImageError(f"{os.fspath(path)}: {_reason(error)}") from error
@@ -94,6 +93,23 @@ def _reason(error: Exception) -> str:
         return "is not an image that Pillow can identify"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+class Images(Protocol):
+    """Decoded images of one split and their classes, before any transform."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every sample, from 0."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Image ``[channels, height, width]`` and class."""
+
+    def identity(self) -> list[Any]:
+        """What the samples depend on, in a form that JSON has."""
 
 
 class ImageFiles:
@@ -180,118 +196,3 @@ def image_files(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122  # faster than a Path
                 yield Path(inside, name)
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """What a look at all files found.
-
-    Attributes:
-        broken: Reason by file, relative to the root.
-        looked_at: Files that were opened; the others had not changed since the last scan.
-    """
-
-    broken: dict[str, str]
-    looked_at: int
-
-
-def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None = None) -> Scanned:
-    """Find the files that cannot be read, before a training does.
-
-    Args:
-        names: Files, relative to the root.
-        root: Their folder.
-        how: "open" reads the header and end of a JPEG, the checksums of a PNG, and all of what is
-            neither or looks cut short; "decode" reads every pixel; "off" nothing.
-        cache: A file that remembers, for a few hundred files at a time, what was found; those of
-            which no size and no time of change differs are not looked at again.
-
-    Raises:
-        OSError: The cache cannot be written.
-    """
-    if how == "off":
-        return Scanned({}, 0)
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folders.setdefault(os.path.dirname(name), []).append(name)  # noqa: PTH120
-    pieces = {
-        f"{folder}:{start}": files[start : start + PIECE]
-        for folder, files in folders.items()
-        for start in range(0, len(files), PIECE)
-    }
-    known = _read_cache(cache)
-
-    def look_at(piece: str) -> tuple[dict[str, Any], int]:
-        files = pieces[piece]
-        key = _digest(how, os.fspath(root), *files, *(_stamp(root / name) for name in files))
-        if known.get(piece, {}).get("key") == key:
-            return known[piece], 0
-        reasons = {name: _broken(root / name, how) for name in files}
-        return {"key": key, "broken": {n: why for n, why in reasons.items() if why}}, len(files)
-
-    # Threads: Pillow decodes, and files are read, without the interpreter's lock.
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(look_at, pieces))
-    found = {piece: entry for piece, (entry, _) in zip(pieces, results, strict=True)}
-    looked_at = sum(count for _, count in results)
-    if cache is not None and looked_at:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, {**known, **found})
-    broken = {name: why for entry in found.values() for name, why in entry["broken"].items()}
-    return Scanned(broken, looked_at)
-
-
-def _stamp(path: Path) -> str:
-    try:
-        state = path.stat()
-    except OSError:
-        return "missing"
-    return f"{state.st_size} {state.st_mtime_ns}"
-
-
-def _digest(*words: str) -> str:
-    return hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()
-
-
-def _broken(path: Path, how: Scan) -> str:
-    """Why a file cannot be read, or nothing."""
-    try:
-        if how == "decode" or not _ends_well(path):
-            read_image(path, 3)
-    except MemoryError:
-        raise
-    except UnreadableImageError as error:
-        return str(error).removeprefix(f"{path}: ")
-    except Exception as error:  # see read_image
-        return _reason(error)
-    return ""
-
-
-def _ends_well(path: Path) -> bool:
-    """Whether header and end of a PNG or JPEG file say that it is whole."""
-    with require("PIL.Image", "train").open(path) as file:
-        kind = file.format
-        if kind == "PNG":
-            file.verify()  # all checksums
-            return True
-    if kind != "JPEG":
-        return False
-    with path.open("rb") as raw:
-        raw.seek(-2, os.SEEK_END)
-        return raw.read() == b"\xff\xd9"
-
-
-def _read_cache(path: Path | None) -> dict[str, Any]:
-    """What an earlier scan found; nothing, where its file is missing or damaged."""
-    try:
-        content = read_object(path, "scan") if path is not None else {}
-    except (OSError, FileFormatError):
-        return {}
-    valid = all(
-        isinstance(entry, dict)
-        and set(entry) == {"key", "broken"}
-        and isinstance(entry["broken"], dict)
-        and all(isinstance(why, str) for why in entry["broken"].values())
-        for entry in content.values()
-    )
-    return content if valid else {}

@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,29 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from limpq_ext.data.images import OnCorrupt, UnreadableImageError
+from limpq_ext.data.images import Images, OnCorrupt, UnreadableImageError
 from limpq_ext.data.splits import stratified_part
 from limpq_ext.training.distributed import rank, world_size
 
 MOST_IN_A_ROW = 100
 """So many unreadable images in a row are no accident: a disk is gone, not a file."""
-
-
-class Images(Protocol):
-    """Decoded images of one split and their classes, before any transform."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class of every sample, from 0."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Image ``[channels, height, width]`` and class."""
-
-    def identity(self) -> list[Any]:
-        """What the samples depend on, in a form that JSON has."""
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):

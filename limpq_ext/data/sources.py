@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from limpq_ext.data.glyphs import CLASSES, GlyphImages
-from limpq_ext.data.images import ImageFiles, image_files
-from limpq_ext.data.loading import Images
+from limpq_ext.data.images import ImageFiles, Images, image_files
 from limpq_ext.data.transforms import Augment
 from limpq_ext.training.distributed import from_main
 from limpq_ext.values.optional import require
