@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from limpq_ext.data.images import ImageFiles, Images, OnCorrupt
 from limpq_ext.data.loading import Data, ImageSet
-from limpq_ext.data.scan import Scan, Scanned, scan_images
+from limpq_ext.data.scan import Scan, scan_images
 from limpq_ext.data.sources import Kind, Opened, canonical_name, open_source
 from limpq_ext.data.splits import stratified_split
 from limpq_ext.data.transforms import Augment, evaluation_transform, training_transform
@@ -229,14 +229,14 @@ def _without_broken(
         return opened, {}
     root = next(iter(files.values())).root
     names = [name for images in files.values() for name in images.names()]
-    found: Scanned = from_main(lambda: scan_images(names, root, scan, cache))
-    if not found.broken:
+    broken = from_main(lambda: scan_images(names, root, scan, cache))
+    if not broken:
         return opened, {"skipped": {}}
     if on_corrupt == "error":
-        first, reason = next(iter(found.broken.items()))
+        first, reason = next(iter(broken.items()))
         raise ValueError(
-            f"{len(found.broken)} of {len(names)} images cannot be read, the first:"
+            f"{len(broken)} of {len(names)} images cannot be read, the first:"
             f" {root / first}: {reason}; data.on_corrupt: skip leaves them out"
         )
-    kept: dict[str, Any] = {split: images.without(found.broken) for split, images in files.items()}
-    return replace(opened, **kept), {"skipped": found.broken}
+    kept: dict[str, Any] = {split: images.without(broken) for split, images in files.items()}
+    return replace(opened, **kept), {"skipped": broken}

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,20 +20,9 @@ PIECE: Final = 500
 Scan = Literal["off", "open", "decode"]
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """What a look at all files found.
-
-    Attributes:
-        broken: Reason by file, relative to the root.
-        looked_at: Files that were opened; the others had not changed since the last scan.
-    """
-
-    broken: dict[str, str]
-    looked_at: int
-
-
-def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None = None) -> Scanned:
+def scan_images(
+    names: Sequence[str], root: Path, how: Scan, cache: Path | None = None
+) -> dict[str, str]:
     """Find the files that cannot be read, before a training does.
 
     Args:
@@ -45,11 +33,14 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
         cache: A file that remembers, for a few hundred files at a time, what was found; those of
             which no size and no time of change differs are not looked at again.
 
+    Returns:
+        The reason by file.
+
     Raises:
         OSError: The cache cannot be written.
     """
     if how == "off":
-        return Scanned({}, 0)
+        return {}
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(os.path.dirname(name), []).append(name)  # noqa: PTH120
@@ -60,24 +51,21 @@ def scan_images(names: Sequence[str], root: Path, how: Scan, cache: Path | None 
     }
     known = _read_cache(cache)
 
-    def look_at(piece: str) -> tuple[dict[str, Any], int]:
+    def look_at(piece: str) -> dict[str, Any]:
         files = pieces[piece]
         key = _digest(how, os.fspath(root), *files, *(_stamp(root / name) for name in files))
         if known.get(piece, {}).get("key") == key:
-            return known[piece], 0
+            return known[piece]
         reasons = {name: _broken(root / name, how) for name in files}
-        return {"key": key, "broken": {n: why for n, why in reasons.items() if why}}, len(files)
+        return {"key": key, "broken": {n: why for n, why in reasons.items() if why}}
 
     # Threads: Pillow decodes, and files are read, without the interpreter's lock.
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(look_at, pieces))
-    found = {piece: entry for piece, (entry, _) in zip(pieces, results, strict=True)}
-    looked_at = sum(count for _, count in results)
-    if cache is not None and looked_at:
+        found = dict(zip(pieces, pool.map(look_at, pieces), strict=True))
+    if cache is not None and any(known.get(piece) is not entry for piece, entry in found.items()):
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**known, **found})
-    broken = {name: why for entry in found.values() for name, why in entry["broken"].items()}
-    return Scanned(broken, looked_at)
+    return {name: why for entry in found.values() for name, why in entry["broken"].items()}
 
 
 def _stamp(path: Path) -> str:
