@@ -49,10 +49,10 @@ from .training.metrics import TensorBoard as TensorBoard
 from .training.nonfinite import NonFiniteError as NonFiniteError
 from .training.signals import Interrupted as Interrupted
 from .values.costs import Costs as Costs
-from .values.files import FileFormatError as FileFormatError
 from .values.indicators import Indicators as Indicators
 from .values.latency import LatencyEntry as LatencyEntry
 from .values.latency import LatencyTable as LatencyTable
 from .values.policy import Policy as Policy
+from .values.reading import FileFormatError as FileFormatError
 
 __version__: str

@@ -23,13 +23,8 @@ from limpq_ext.training.checkpoint import Checkpoint
 from limpq_ext.training.distributed import from_main, is_main
 from limpq_ext.training.loop import Recording, StepDone
 from limpq_ext.training.metrics import Journal, MetricsFile, TensorBoard
-from limpq_ext.values.files import (
-    Document,
-    FileFormatError,
-    Strict,
-    open_atomically,
-    remove_leftovers,
-)
+from limpq_ext.values.files import Document, Strict, open_atomically, remove_leftovers
+from limpq_ext.values.reading import FileFormatError
 
 FLOAT_WEIGHTS: Final = "float.safetensors"
 INDICATORS: Final = "indicators.json"

@@ -19,8 +19,8 @@ from limpq_ext.allocation.infeasible import InfeasibleError
 from limpq_ext.allocation.pareto import Curve, pareto
 from limpq_ext.allocation.search import of_8bit, search, uniform
 from limpq_ext.values.costs import Costs, LayerCost
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.indicators import Indicators, LayerIndicators
+from limpq_ext.values.reading import FileFormatError
 
 
 def example(count=6, bits=(2, 3, 4)):

@@ -18,8 +18,8 @@ from limpq_ext.app.models import (
 from limpq_ext.conversion.apply import apply_policy
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import make_loader
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.policy import Policy
+from limpq_ext.values.reading import FileFormatError
 
 
 def test_the_small_resnet_has_the_depth_it_says():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from limpq_ext import Indicators, JointTrainer, prepare, quantized_layers
 from limpq_ext.app.models import CifarResNet
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
-from limpq_ext.values.files import FileFormatError
+from limpq_ext.values.reading import FileFormatError
 
 BITS = (2, 4, 6)
 

@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 
 from limpq_ext.values.costs import Costs, LayerCost, LiveTensor
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.policy import Policy
+from limpq_ext.values.reading import FileFormatError
 
 COSTS = Costs(
     layers=(LayerCost("a", "conv2d", 1000, 10, 7), LayerCost("b", "linear", 10**18 + 1, 3, 5)),

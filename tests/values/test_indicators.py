@@ -13,8 +13,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.indicators import Indicators, LayerIndicators, NonMonotone
+from limpq_ext.values.reading import FileFormatError
 
 FALLING = {2: 0.4, 3: 0.2, 4: 0.1}
 

@@ -16,9 +16,9 @@ from search_cases import latency_tables, problems
 from limpq_ext.allocation.budgets import make_measure
 from limpq_ext.allocation.search import of_8bit, search, uniform
 from limpq_ext.values.costs import Costs, LayerCost
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.latency import LatencyEntry, LatencyTable
+from limpq_ext.values.reading import FileFormatError
 
 HEADER = "layer,weight_bits,activation_bits,seconds\n"
 

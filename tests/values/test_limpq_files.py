@@ -11,9 +11,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.policy import LayerBits, Policy
+from limpq_ext.values.reading import FileFormatError
 
 FALLING = {2: 0.4, 3: 0.2, 4: 0.1}
 

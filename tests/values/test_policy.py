@@ -6,8 +6,8 @@ import math
 import pytest
 
 from limpq_ext.values.costs import Costs, LayerCost
-from limpq_ext.values.files import FileFormatError
 from limpq_ext.values.policy import BudgetUse, ChangedLayer, LayerBits, Policy
+from limpq_ext.values.reading import FileFormatError
 
 POLICY = Policy(
     layers=(LayerBits("a", 2, 5), LayerBits("b", 3, 6)),
