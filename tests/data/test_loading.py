@@ -97,6 +97,34 @@ def test_a_part_is_stratified_and_augmented_alike(folder):
     assert np.array_equal(part.indices, data.train.part(0.5, 0).indices)
 
 
+def test_a_file_that_breaks_later_is_replaced_by_the_next_of_its_split(tmp_path):
+    data = load_data(
+        "imagefolder", root=write_classes(tmp_path, SOURCE), on_corrupt="skip", augment="none"
+    )
+    path = data.train.images.path(int(data.train.indices[2]))
+    path.unlink()
+    assert torch.equal(data.train[2][0], data.train[3][0])
+    assert data.broken() == [str(path.relative_to(tmp_path))]
+    last = len(data.train) - 1
+    data.train.images.path(int(data.train.indices[last])).write_bytes(b"")
+    assert torch.equal(data.train[last][0], data.train[0][0])
+
+
+def test_a_file_that_breaks_later_is_an_error_that_names_it(tmp_path):
+    data = load_data("imagefolder", root=write_classes(tmp_path, SOURCE))
+    path = data.train.images.path(int(data.train.indices[2]))
+    cut_short(path)
+    with pytest.raises(UnreadableImageError, match=str(path)):
+        data.train[2]
+
+
+def test_a_disk_that_is_gone_is_an_error_also_where_files_are_skipped(tmp_path):
+    data = load_data("imagefolder", root=write_classes(tmp_path, SOURCE), on_corrupt="skip")
+    tmp_path.rename(tmp_path.with_name("gone"))
+    with pytest.raises(UnreadableImageError, match=r"26 images in a row cannot be read, last .*"):
+        data.train[0]
+
+
 @pytest.mark.slow
 def test_two_processes_scan_once_and_count_what_broke_in_either(tmp_path):
     root, out = tmp_path / "images", tmp_path / "out"
