@@ -114,6 +114,10 @@ def load_data(
         )
         for split, (images, chosen) in _split(opened, val_fraction, test_fraction, seed).items()
     }
+    per_class = {
+        split: np.bincount(images.labels, minlength=len(opened.classes)).tolist()
+        for split, images in sets.items()
+    }
     record = {
         "name": name,
         "splits": {split: len(images) for split, images in sets.items()},
@@ -125,17 +129,10 @@ def load_data(
         "seed": seed,
         "image_shape": [kind.channels, kind.size, kind.size],
         "classes": list(opened.classes),
-        "images_per_class": {
-            split: np.bincount(images.labels, minlength=len(opened.classes)).tolist()
-            for split, images in sets.items()
-        },
+        "images_per_class": per_class,
         "empty_classes": [
-            name
-            for name, count in zip(
-                opened.classes,
-                np.bincount(sets["train"].labels, minlength=len(opened.classes)),
-                strict=True,
-            )
+            empty
+            for empty, count in zip(opened.classes, per_class["train"], strict=True)
             if count == 0
         ],
         **notes,
