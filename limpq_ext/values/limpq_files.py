@@ -11,11 +11,11 @@ from typing import Any
 
 from limpq_ext.values.files import open_atomically
 from limpq_ext.values.indicators import StepSizes
+from limpq_ext.values.pickles import load_pickle
 from limpq_ext.values.policy import LayerBits, Policy
 from limpq_ext.values.reading import (
     FileFormatError,
     decode,
-    load_pickle,
     parse_yaml,
     read_bytes,
     reading,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from limpq_ext.values.optional import require
+from limpq_ext.values.pickles import check_pickle
 from limpq_ext.values.reading import (
     DEPTH,
-    check_pickle,
     first_line,
     open_regular,
     reading,
