@@ -30,7 +30,8 @@ import limpq_ext as lq
 from limpq_ext.app.models import CifarResNet, load_weights, save_weights
 from limpq_ext.data.glyphs import CLASSES, GlyphImages
 from limpq_ext.ilp.program import Row, minimise
-from limpq_ext.training.loop import make_optimizer, run_epochs
+from limpq_ext.training.loop import run_epochs
+from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.files import write_json
 from limpq_ext.values.indicators import Indicators, LayerIndicators

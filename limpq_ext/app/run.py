@@ -42,19 +42,14 @@ from limpq_ext.data.loading import Data, make_loader
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
 from limpq_ext.graph.profile import profile
 from limpq_ext.joint.trainer import JointTrainer
+from limpq_ext.training.batches import batches_of_epoch
 from limpq_ext.training.calibration import calibrate
 from limpq_ext.training.distributed import broadcast_state, from_main, gather, rank
 from limpq_ext.training.evaluation import Confusion, Evaluation, confuse, evaluate
 from limpq_ext.training.finetune import finetune
-from limpq_ext.training.loop import (
-    EpochDone,
-    Recording,
-    StepDone,
-    batches_of_epoch,
-    make_optimizer,
-    run_epochs,
-)
+from limpq_ext.training.loop import EpochDone, Recording, StepDone, run_epochs
 from limpq_ext.training.metrics import Meter, Record
+from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.files import write_json
 from limpq_ext.values.indicators import Indicators, LayerIndicators

@@ -30,6 +30,7 @@ from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.nn.swapping import with_class
+from limpq_ext.training.model_state import buffers_kept
 from limpq_ext.values.reading import first_line
 
 _SWITCHED = (QuantizedLayer, SwitchableBatchNorm, LsqQuantizer)
@@ -201,22 +202,6 @@ def _nearly_equal(first: Any, second: Any) -> bool:
         return False
     # Not to the bit: some GPU kernels add in an order that varies.
     return torch.allclose(first.float(), second.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back, but for those of quantizers, which keep the start that they made."""
-    kept = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if not isinstance(module, LsqQuantizer)
-        for buffer in module.buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
 
 
 # --- ReLUs -------------------------------------------------------------------------------------

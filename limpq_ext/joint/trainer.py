@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from limpq_ext.joint.runner import Bits, BranchRunner, Captured
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import LsqQuantizer, WeightQuantizer
-from limpq_ext.training.loop import device_of
+from limpq_ext.training.model_state import device_of
 from limpq_ext.training.update import Update
 from limpq_ext.values.indicators import Indicators
 

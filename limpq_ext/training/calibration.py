@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from limpq_ext.joint.sharing import buffers_kept
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call, moved
 from limpq_ext.nn.network import quantized_layers, select_bits
 from limpq_ext.nn.quantizers import LsqQuantizer
+from limpq_ext.training.batches import Batches
 from limpq_ext.training.distributed import broadcast_state
-from limpq_ext.training.evaluation import Batches
-from limpq_ext.training.loop import device_of, modes_kept
+from limpq_ext.training.model_state import buffers_kept, device_of, modes_kept
 
 
 @torch.no_grad()

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limpq_ext.nn.inputs import call, moved
+from limpq_ext.training.batches import Batches, length_of
 from limpq_ext.training.distributed import add_up, gather
-from limpq_ext.training.loop import StepDone, device_of, length_of, modes_kept
-
-Batches = Iterable[tuple[Any, Tensor]]
-"""Inputs, as for :func:`limpq_ext.nn.inputs.call`, and class indices."""
+from limpq_ext.training.loop import StepDone
+from limpq_ext.training.model_state import device_of, modes_kept
 
 TOP = 5
 """Of how many best scores one has to be the class for `Evaluation.top5`."""

@@ -13,19 +13,13 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limpq_ext.nn.inputs import call
+from limpq_ext.training.batches import batches_of_epoch
 from limpq_ext.training.calibration import reestimate_batch_norm
 from limpq_ext.training.checkpoint import Stateful
-from limpq_ext.training.loop import (
-    EpochDone,
-    Recording,
-    StepDone,
-    batches_of_epoch,
-    device_of,
-    make_optimizer,
-    modes_kept,
-    run_epochs,
-)
+from limpq_ext.training.loop import EpochDone, Recording, StepDone, run_epochs
 from limpq_ext.training.metrics import Meter, Record
+from limpq_ext.training.model_state import device_of, modes_kept
+from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.training.update import Update
 
 

@@ -1,4 +1,4 @@
-"""What every training stage shares: optimizers, the course of the learning rate, checkpoints."""
+"""What every training stage shares: epochs over a loader, records, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.lr_scheduler import LambdaLR
 
 from limpq_ext.nn.inputs import moved, samples_in
 from limpq_ext.nn.quantizers import LsqQuantizer
+from limpq_ext.training.batches import batches_of_epoch, length_of
 from limpq_ext.training.checkpoint import (
     Checkpoint,
-    Interrupted,
     Stateful,
     StopSignals,
     agree_to_stop,
@@ -32,104 +30,17 @@ from limpq_ext.training.checkpoint import (
 )
 from limpq_ext.training.distributed import broadcast_state, rank, world_size
 from limpq_ext.training.metrics import Journal, Meter, Record, guarded_scales, memory
+from limpq_ext.training.model_state import device_of
 from limpq_ext.training.nonfinite import NonFiniteError
+from limpq_ext.training.optimizers import cosine_with_warmup
+from limpq_ext.training.signals import Interrupted
 from limpq_ext.values.reading import reading, shown
-
-OPTIMIZERS = ("sgd", "adamw")
 
 StepDone = Callable[[int, int], None]
 """Called after every optimizer step with the steps done and the steps in all."""
 
 EpochDone = Callable[[Record], None]
 """Called after every epoch with its numbers: "epoch" (from 1), "loss", "lr", ..."""
-
-
-def make_optimizer(
-    model: nn.Module,
-    optimizer: str = "sgd",
-    *,
-    lr: float,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """An optimizer that decays the weights of layers only.
-
-    As is usual, weight decay does not reach what normalisation has, embeddings, tensors of at most
-    one dimension (others of size 1 aside, as in a layer scale ``[channels, 1, 1]``), biases of any
-    shape, tokens and position embeddings by their name, and what the model's own
-    ``no_weight_decay()`` names, as timm's do. Step sizes have none either.
-
-    Args:
-        model: Whose parameters that need a gradient it takes.
-        optimizer: "sgd" or "adamw".
-        lr: Learning rate, above 0.
-        momentum: Of SGD.
-        weight_decay: At least 0.
-
-    Raises:
-        ValueError: The name is unknown or a number is out of range.
-    """
-    plain: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    own_names = getattr(model, "no_weight_decay", None)
-    named = set(own_names()) if callable(own_names) else set()
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen or not parameter.requires_grad:
-                continue
-            seen.add(parameter)
-            full_name = f"{path}.{name}" if path else name
-            spared = full_name in named or _has_no_decay(module, name, parameter)
-            (plain if spared else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    # On a GPU one kernel for all parameters, which can also be told on the device to hold back.
-    fused = device_of(model).type == "cuda"
-    if optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
-    if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
-    raise ValueError(f"optimizer is '{optimizer}', expected one of {', '.join(OPTIMIZERS)}")
-
-
-_WITHOUT_DECAY = (
-    *(LsqQuantizer, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-    *(nn.Embedding, nn.EmbeddingBag),
-)
-_NAMED_WITHOUT_DECAY = ("bias", "embed", "token", "position")
-
-
-def _has_no_decay(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    if isinstance(module, _WITHOUT_DECAY) or parameter.dim() <= 1:
-        return True
-    if name == "weight":  # of one output, perhaps
-        return False
-    axes = sum(size > 1 for size in parameter.shape)
-    return axes <= 1 or any(part in name for part in _NAMED_WITHOUT_DECAY)
-
-
-def cosine_with_warmup(
-    optimizer: torch.optim.Optimizer, *, steps: int, warmup_steps: int = 0
-) -> LambdaLR:
-    """The learning rate rises linearly over the warm-up, then falls to 0 along half a cosine.
-
-    Args:
-        optimizer: Whose learning rate is the highest value.
-        steps: Optimizer steps in all; call ``step()`` after each.
-        warmup_steps: How many of them are the warm-up.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True)
@@ -382,20 +293,6 @@ def _guarded(model: nn.Module, epoch: int, journal: Journal | None) -> Record:
     return {"guarded_scales": len(names)}
 
 
-def batches_of_epoch(
-    loader: Iterable[tuple[Any, Any]], epoch: int, skip: int = 0
-) -> Iterator[tuple[Any, Any]]:
-    """The batches of an epoch (from 0) but for the first ones, which are not loaded if possible."""
-    batches: Any = getattr(loader, "batch_sampler", None)
-    if hasattr(batches, "set_position"):
-        batches.set_position(epoch, skip)
-        return iter(loader)
-    sampler: Any = getattr(loader, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    return itertools.islice(iter(loader), skip, None)
-
-
 def _take_over(saved: Mapping[str, Any], meter: Meter, journal: Journal | None) -> None:
     """Go on with what this process had of its own: its random numbers and its sums."""
     own = own_part(saved)
@@ -428,32 +325,3 @@ def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None)
     if checkpoint is None:
         return f"{reason}; there is no checkpoint to go on from"
     return f"{reason}; the same command goes on from {checkpoint.path}"
-
-
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode it was in, training or evaluation, after the block."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter or buffer; the CPU where it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def length_of(loader: Iterable[Any]) -> int:
-    """How many batches a loader gives.
-
-    Raises:
-        ValueError: It has no length.
-    """
-    if not isinstance(loader, Sized):
-        raise ValueError("the loader has no length; pass a DataLoader or a list of batches")
-    return len(loader)

@@ -11,8 +11,9 @@ from limpq_ext import JointTrainer, prepare
 from limpq_ext.app.recipe import Recipe
 from limpq_ext.app.run import Session
 from limpq_ext.data.loading import make_loader
-from limpq_ext.training.loop import Recording, make_optimizer, run_epochs
+from limpq_ext.training.loop import Recording, run_epochs
 from limpq_ext.training.metrics import Journal, Meter, MetricsFile, resident_bytes
+from limpq_ext.training.optimizers import make_optimizer
 
 STEPS = 12_000
 WARM = 1_000
