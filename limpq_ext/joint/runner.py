@@ -1,4 +1,4 @@
-"""How the branches of a joint step run: what they share, compiled, captured.
+"""How the branches of a joint step run: what they share, compiled, at bits in tensors.
 
 A branch is a forward and backward pass of the prepared model at chosen bits. However it is
 executed, the gradients are those of the plain loop of passes.
@@ -7,21 +7,18 @@ executed, the gradients are those of the plain loop of passes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from limpq_ext.joint.sharing import BranchGraph, UntraceableError
 from limpq_ext.kernels.bank import WeightBank, add_gradient
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import QuantizedLayer
-
-Results = TypeVar("Results")
 
 Bits = Mapping[str, int]
 """The bit-width of each quantized layer, by name."""
@@ -194,49 +191,6 @@ class BranchRunner:
             layer.input_quantizer.selected = layer.weight_quantizer.selected = None
         for norm in self.norms:
             norm.ready_rows = norm.selected = None
-
-
-class Captured(Generic[Results]):
-    """A function of tensors as one CUDA graph, replayed on tensors of the same shapes.
-
-    Args:
-        compute: What to capture. It must not wait for the device, and returns what the replays are
-            to give: containers of tensors.
-        inputs: What it is called with; the values do not matter.
-        parameters: Those to which it gives gradients.
-
-    Attributes:
-        inputs: The tensors that the graph reads, which hold what was replayed last.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[..., Results],
-        inputs: Sequence[Tensor],
-        *,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> None:
-        self.inputs = tuple(value.clone() for value in inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = compute(*self.inputs)
-        self._grads = [(parameter, parameter.grad) for parameter in parameters]
-
-    def fits(self, *inputs: Tensor) -> bool:
-        """Whether the graph was captured for tensors like these."""
-        return all(
-            given.shape == own.shape and given.dtype == own.dtype
-            for given, own in zip(inputs, self.inputs, strict=True)
-        )
-
-    def replay(self, *inputs: Tensor) -> Results:
-        """What ``compute`` returns for these; gradients are in the parameters."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
-        self._graph.replay()
-        for parameter, grad in self._grads:
-            parameter.grad = grad
-        return tree_map(torch.clone, self._results)
 
 
 class _NormRows:

@@ -4,7 +4,7 @@ One step on a batch runs every searchable layer at each candidate bit-width in t
 more with bits drawn at random per layer; the gradients of these n + 1 branches add up to one
 optimizer step (LIMPQ, arXiv 2203.08368, section 3.3).
 
-What the branches have in common is computed once (execution.py): the quantized weights and whatever
+What the branches have in common is computed once (`runner`): the quantized weights and whatever
 comes before the first searchable layer. The gradients are those of the plain loop.
 """
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from limpq_ext.joint.runner import Bits, BranchRunner, Captured
+from limpq_ext.joint.runner import Bits, BranchRunner
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import LsqQuantizer, WeightQuantizer
+from limpq_ext.training.cuda_graphs import Captured
 from limpq_ext.training.model_state import device_of
 from limpq_ext.training.update import Update
 from limpq_ext.values.indicators import Indicators

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limpq_ext.joint.runner import Captured
+from limpq_ext.training.cuda_graphs import Captured
 from limpq_ext.training.distributed import GradientExchange, broadcast_state
 from limpq_ext.training.nonfinite import FiniteWatch, NonFiniteError, Repeat, holds_back
 

@@ -16,7 +16,7 @@ pytest.importorskip("torchvision")
 
 from limpq_ext import JointTrainer, NonFiniteError, prepare
 from limpq_ext.app.models import CifarResNet
-from limpq_ext.joint.runner import Captured
+from limpq_ext.training.cuda_graphs import Captured
 
 BITS = (2, 4)
 
