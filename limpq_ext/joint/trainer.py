@@ -34,8 +34,8 @@ from limpq_ext.values.indicators import Indicators
 RANDOM_BRANCH = "random"
 """Name of the branch whose layers draw their bits at random."""
 
-Gradients = tuple[dict[str, Tensor], dict[str, Any]]
-"""What is left of a step's branches beside their gradients: losses and outputs by branch."""
+LossesAndOutputs = tuple[dict[str, Tensor], dict[str, Any]]
+"""What is left of a step's branches beside their gradients, by branch and detached."""
 
 STEPS_BEFORE_CAPTURE = 3
 """Ordinary steps before a CUDA graph is captured: libraries choose their kernels in them."""
@@ -169,7 +169,7 @@ class JointTrainer:
             drop_relu=drop_relu,
             compile_forward=compile_forward,
         )
-        self._captured: Captured[Gradients] | None = None
+        self._captured: Captured[LossesAndOutputs] | None = None
         self._eager_steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
         self.bits = tuple(sorted(candidates.pop(), reverse=True))
@@ -207,7 +207,7 @@ class JointTrainer:
             # A captured graph reads the random branch's bits from a tensor, and so does any step
             # beside it, except for the first, which gives quantizers their start values.
             by_tensor = self.cuda_graph and self._eager_steps > 0
-            losses, outputs = self._gradients(x, target, draw, by_tensor=by_tensor)
+            losses, outputs = self._run_branches(x, target, draw, by_tensor=by_tensor)
             self._eager_steps += 1
         if self.on_branch is not None:
             for branch, output in outputs.items():
@@ -295,8 +295,10 @@ class JointTrainer:
             if isinstance(layer.weight_quantizer, WeightQuantizer):
                 layer.weight_quantizer.start(layer.weight)
 
-    def _gradients(self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False) -> Gradients:
-        """Run all branches; their gradients add up. The losses and outputs by branch, detached."""
+    def _run_branches(
+        self, x: Any, target: Any, draw: Bits, *, by_tensor: bool = False
+    ) -> LossesAndOutputs:
+        """Run all branches, forward and backward; their gradients add up."""
         losses: dict[str, Tensor] = {}
         outputs: dict[str, Any] = {}
         selected = draw if by_tensor else None
@@ -308,14 +310,14 @@ class JointTrainer:
                 outputs[branch] = tree_map(_detached, output)
         return losses, outputs
 
-    def _capture(self, x: Tensor, target: Tensor, draw: Bits) -> Captured[Gradients] | None:
+    def _capture(self, x: Tensor, target: Tensor, draw: Bits) -> Captured[LossesAndOutputs] | None:
         """All branches of a step as one CUDA graph, once there is one and where it fits."""
         self._runner.set_selection(draw)
         if self._captured is None and self._eager_steps >= STEPS_BEFORE_CAPTURE:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-            def compute(x: Tensor, target: Tensor) -> Gradients:
-                return self._gradients(x, target, draw, by_tensor=True)
+            def compute(x: Tensor, target: Tensor) -> LossesAndOutputs:
+                return self._run_branches(x, target, draw, by_tensor=True)
 
             self._captured = Captured(compute, (x, target), parameters=parameters)
         fits = self._captured is not None and self._captured.fits(x, target)

@@ -75,9 +75,9 @@ def plain_loop(twin, draw, x, target, distill=False):
 class RandomBranchByTensor(JointTrainer):
     """What a CUDA graph captures: a tensor on the device says what the random branch draws."""
 
-    def _gradients(self, x, target, draw, *, by_tensor=False):
+    def _run_branches(self, x, target, draw, *, by_tensor=False):
         self._runner.set_selection(draw)
-        return super()._gradients(x, target, draw, by_tensor=self.steps > 0)
+        return super()._run_branches(x, target, draw, by_tensor=self.steps > 0)
 
 
 NOTHING_SHARED = {"weight_bank": False, "share_stem": False, "drop_relu": False}
