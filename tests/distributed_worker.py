@@ -69,7 +69,7 @@ def exchange(folder):
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *a, **k: (calls.append(a[0].dtype), original(*a, **k))[1]
-    mean = GradientExchange(module).run(torch.tensor([float(rank())]))
+    mean = GradientExchange(module.parameters()).run(torch.tensor([float(rank())]))
     grads = {name: p.grad for name, p in module.items()}
     torch.save({"grads": grads, "mean": mean, "calls": len(calls)}, folder / f"{rank()}.pt")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from limpq_ext.nn.quantizers import ActivationQuantizer
 from limpq_ext.training.signals import MainProcessError
 
 Value = TypeVar("Value")
@@ -176,17 +175,16 @@ class GradientExchange:
     so that gradient is divided by the root of the number of processes as well.
 
     Args:
-        model: Whose parameters take part. The same in every process.
+        parameters: Those that need a gradient take part. The same in every process.
+        activation_scales: Which of them are scales of activations.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        activation_scales = {
-            id(module.scale)
-            for module in model.modules()
-            if isinstance(module, ActivationQuantizer)
-        }
-        self._activation_scales = [id(p) in activation_scales for p in self.parameters]
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], activation_scales: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        scales = {id(scale) for scale in activation_scales}
+        self._activation_scales = [id(p) in scales for p in self.parameters]
 
     @torch.no_grad()
     def run(self, values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limpq_ext.nn.quantizers import ActivationQuantizer
 from limpq_ext.training.cuda_graphs import Captured
 from limpq_ext.training.distributed import GradientExchange, broadcast_state
 from limpq_ext.training.nonfinite import FiniteWatch, NonFiniteError, Repeat, holds_back
@@ -49,7 +50,9 @@ class Update:
         self.scaler = scaler
         self.watch = FiniteWatch(model, optimizer, repeat, steps=check_steps)
         _start_momentum(optimizer)
-        self._exchange = GradientExchange(model)
+        modules = model.modules()
+        scales = [module.scale for module in modules if isinstance(module, ActivationQuantizer)]
+        self._exchange = GradientExchange(model.parameters(), scales)
         self._captured: _CapturedUpdate | None = None
         optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
 
