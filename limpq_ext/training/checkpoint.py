@@ -12,31 +12,23 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import random
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
 import torch
 
 from limpq_ext.nn.quantizers import mean_step_sizes
 from limpq_ext.training.distributed import (
-    agree,
     from_main,
     gather,
-    is_distributed,
     is_main,
     rank,
     world_size,
 )
-from limpq_ext.training.signals import Interrupted
+from limpq_ext.training.random_state import random_states
 from limpq_ext.values.files import open_atomically, remove_leftovers
 from limpq_ext.values.indicators import KINDS, StepSizes, check_started
 from limpq_ext.values.reading import FileFormatError, open_regular, reading, shown
@@ -48,8 +40,6 @@ VERSION = 2
 _SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 _SEAL_BYTES = 73
 
-_NUMPY_WORDS = 624  # of the Mersenne Twister, which NumPy reads without a look at its place
-
 
 class Stateful(Protocol):
     """What has a state: a module, an optimizer, a gradient scaler, a JointTrainer, ..."""
@@ -59,36 +49,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
         """Take a state back."""
-
-
-class StopSignals:
-    """Notices SIGINT and SIGTERM, so that the step that runs can be finished.
-
-    A second signal ends the process at once. Signals reach only the main thread; in another one
-    this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    @contextmanager
-    def noticed(self) -> Iterator[None]:
-        """Notice signals for as long as the block lasts."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._notice) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise Interrupted(number, "stopped at once by a second signal; no checkpoint written")
-        self.received = number
 
 
 class Checkpoint:
@@ -338,32 +298,6 @@ def _joint_state(content: Any) -> dict[str, Any] | None:
     return next(filter(None, map(_joint_state, content.values())), None)
 
 
-def random_states() -> dict[str, Any]:
-    """The states of this process's random generators: torch (CPU and CUDA), NumPy, Python."""
-    # The global generator is the one that augmentations use.
-    name, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(np.asarray(words, np.int64)), *rest),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the random generators of this process back into these states."""
-    torch.set_rng_state(states["torch"])
-    name, words, place, *rest = states["numpy"]
-    if type(place) is not int or not 0 <= place <= len(words) == _NUMPY_WORDS:
-        raise ValueError("random: numpy: is no state of its generator")
-    np.random.set_state((name, words.numpy().astype(np.uint32), place, *rest))  # noqa: NPY002
-    random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint keeps for this process; None where it is of another number of processes."""
     processes = state["processes"]
@@ -431,14 +365,3 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
                     f"optimizer: {shown(name)} does not fit a parameter of shape"
                     f" {tuple(parameter.shape)}"
                 )
-
-
-def agree_to_stop(
-    signals: StopSignals, checkpoint: Checkpoint | None, step: int
-) -> tuple[int, bool]:
-    """The signal that stops all processes (0: none), and whether a checkpoint is due."""
-    due = checkpoint is not None and is_main() and checkpoint.is_due(step)
-    if not is_distributed():
-        return signals.received, due
-    received, wanted = agree(signals.received, int(due))
-    return received, bool(wanted)

@@ -21,19 +21,24 @@ from limpq_ext.training.batches import batches_of_epoch, length_of
 from limpq_ext.training.checkpoint import (
     Checkpoint,
     Stateful,
-    StopSignals,
-    agree_to_stop,
     check_alike,
     check_optimizer,
     own_part,
-    set_random_states,
 )
-from limpq_ext.training.distributed import broadcast_state, rank, world_size
+from limpq_ext.training.distributed import (
+    agree,
+    broadcast_state,
+    is_distributed,
+    is_main,
+    rank,
+    world_size,
+)
 from limpq_ext.training.metrics import Journal, Meter, Record, guarded_scales, memory
 from limpq_ext.training.model_state import device_of
 from limpq_ext.training.nonfinite import NonFiniteError
 from limpq_ext.training.optimizers import cosine_with_warmup
-from limpq_ext.training.signals import Interrupted
+from limpq_ext.training.random_state import set_random_states
+from limpq_ext.training.signals import Interrupted, StopSignals
 from limpq_ext.values.reading import reading, shown
 
 StepDone = Callable[[int, int], None]
@@ -179,7 +184,7 @@ def run_epochs(
                     on_step(course.step, total)
                 ends = course.batch == steps_per_epoch
                 logs = recording.log_steps > 0 and course.step % recording.log_steps == 0
-                received, due = agree_to_stop(signals, checkpoint, course.step)
+                received, due = _agree_to_stop(signals, checkpoint, course.step)
                 if check is not None and (ends or logs or received or due):
                     check()
                 if ends or logs:
@@ -325,3 +330,14 @@ def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None)
     if checkpoint is None:
         return f"{reason}; there is no checkpoint to go on from"
     return f"{reason}; the same command goes on from {checkpoint.path}"
+
+
+def _agree_to_stop(
+    signals: StopSignals, checkpoint: Checkpoint | None, step: int
+) -> tuple[int, bool]:
+    """The signal that stops all processes (0: none), and whether a checkpoint is due."""
+    due = checkpoint is not None and is_main() and checkpoint.is_due(step)
+    if not is_distributed():
+        return signals.received, due
+    received, wanted = agree(signals.received, int(due))
+    return received, bool(wanted)
