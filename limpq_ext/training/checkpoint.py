@@ -14,13 +14,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from limpq_ext.nn.quantizers import mean_step_sizes
 from limpq_ext.training.distributed import (
     from_main,
     gather,
@@ -30,8 +29,7 @@ from limpq_ext.training.distributed import (
 )
 from limpq_ext.training.random_state import random_states
 from limpq_ext.values.files import open_atomically, remove_leftovers
-from limpq_ext.values.indicators import KINDS, StepSizes, check_started
-from limpq_ext.values.reading import FileFormatError, open_regular, reading, shown
+from limpq_ext.values.reading import FileFormatError, open_regular, shown
 from limpq_ext.values.tensor_files import read_saved
 
 FORMAT = "limpq-checkpoint"
@@ -134,7 +132,7 @@ class Checkpoint:
             return None
         advice = "remove it to start this stage over"
         try:
-            state, sealed = _read_sealed(self.path, "checkpoint")
+            state, sealed = read_sealed(self.path, "checkpoint")
         except FileFormatError as error:
             raise FileFormatError(f"{error}; {advice}") from error
         if not isinstance(state, dict) or not _is(state.get("format"), FORMAT):
@@ -178,7 +176,7 @@ class _Hashing:
         self._file.flush()
 
 
-def _read_sealed(path: str | os.PathLike[str], what: str) -> tuple[Any, bool]:
+def read_sealed(path: str | os.PathLike[str], what: str) -> tuple[Any, bool]:
     """What a file of ``torch.save`` holds, and whether it has a checksum, which is right then.
 
     Raises:
@@ -210,92 +208,6 @@ def _is_of_processes(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(own, dict) and isinstance(own.get("random"), dict) for own in value
     )
-
-
-def read_step_sizes(path: str | os.PathLike[str]) -> Iterator[StepSizes]:
-    """The step sizes of all layers in a checkpoint of a joint training.
-
-    Raises:
-        OSError: If the file cannot be read.
-        FileFormatError: If it holds no joint training, or is damaged.
-        ValueError: If a step size has no start value yet.
-    """
-    content, sealed = _read_sealed(path, "checkpoint")
-    with reading(path):
-        state = _joint_state(content)
-    if state is None:
-        raise FileFormatError(f"{os.fspath(path)}: holds no state of a joint training")
-    if _is(content.get("format"), FORMAT) and not sealed:
-        raise FileFormatError(f"{os.fspath(path)}: damaged: its checksum is missing")
-    return _step_sizes(state)
-
-
-def _step_sizes(state: Mapping[str, Any]) -> Iterator[StepSizes]:
-    """The step sizes in the state of a JointTrainer.
-
-    Raises:
-        FileFormatError: Something in it is of another kind.
-    """
-    bits, model = state["bits"], state["model"]
-    if not isinstance(bits, list) or not all(type(b) is int for b in bits):
-        raise FileFormatError(f"bits: {shown(bits)} are no bit-widths")
-    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
-        raise FileFormatError("model: is no state of a network")
-    bounds = state.get("scale_bounds", {})
-    ending = ".weight_quantizer.scale"
-    for name in (key.removesuffix(ending) for key in model if key.endswith(ending)):
-        quantizers = [f"{name}.weight_quantizer", f"{name}.input_quantizer"]
-        check_started(
-            (name, kind, bits, _started(model, f"{quantizer}.initialized", bits))
-            for kind, quantizer in zip(KINDS, quantizers, strict=True)
-        )
-        weight, activation = (
-            _by_bits(model, f"{quantizer}.scale", bits, _bounds(bounds, quantizer))
-            for quantizer in quantizers
-        )
-        yield name, weight, activation
-
-
-def _started(model: Mapping[str, Any], key: str, bits: Sequence[int]) -> list[bool]:
-    """Which step sizes of a quantizer have their start value."""
-    initialized = model.get(key)
-    if not isinstance(initialized, torch.Tensor) or initialized.shape != (len(bits),):
-        raise FileFormatError(f"{key}: is missing, or does not say which step sizes have begun")
-    return [bool(value) for value in initialized.tolist()]
-
-
-def _bounds(bounds: Any, quantizer: str) -> tuple[float, float] | tuple[()]:
-    """The least and the largest step size of a quantizer; () where a checkpoint does not say."""
-    found = bounds.get(quantizer, ()) if isinstance(bounds, dict) else None
-    if found == ():
-        return ()
-    if not isinstance(found, list) or [type(value) for value in found] != [float, float]:
-        raise FileFormatError(f"scale_bounds: {shown(quantizer)} has no two bounds")
-    return found[0], found[1]
-
-
-def _by_bits(
-    model: Mapping[str, Any],
-    key: str,
-    bits: Sequence[int],
-    bounds: tuple[float, float] | tuple[()],
-) -> dict[int, float]:
-    """The step sizes of one quantizer, a mean where it has several."""
-    scale = model.get(key)
-    if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
-        raise FileFormatError(f"{key}: is missing, or no tensor of step sizes")
-    if scale.dim() == 0 or len(scale) != len(bits) or scale.numel() == 0:
-        raise FileFormatError(f"{key}: has shape {tuple(scale.shape)}, not one for each of {bits}")
-    return dict(zip(bits, mean_step_sizes(scale, *bounds).tolist(), strict=True))
-
-
-def _joint_state(content: Any) -> dict[str, Any] | None:
-    """The first state of a JointTrainer in containers of states."""
-    if not isinstance(content, dict):
-        return None
-    if {"bits", "model", "seed"} <= content.keys():
-        return content
-    return next(filter(None, map(_joint_state, content.values())), None)
 
 
 def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -184,24 +184,9 @@ class Indicators(Document):
                 NaN or infinite or was never given its start value by a batch in training mode; the
                 message names its layer.
         """
-        from limpq_ext.nn.network import quantized_layers
+        from limpq_ext.training.step_sizes import step_sizes
 
-        found = quantized_layers(model)
-        quantizers = {
-            (name, kind): quantizer
-            for name, layer in found.items()
-            for kind, quantizer in zip(
-                KINDS, (layer.weight_quantizer, layer.input_quantizer), strict=True
-            )
-        }
-        check_started(
-            (*key, quantizer.bits, quantizer.initialized.tolist())
-            for key, quantizer in quantizers.items()
-        )
-        layers = tuple(
-            LayerIndicators(name, *(quantizers[name, kind].values() for kind in KINDS))
-            for name in found
-        )
+        layers = tuple(LayerIndicators(*layer) for layer in step_sizes(model))
         return cls(tuple(layers[0].weight) if layers else (), layers, dict(meta or {}))
 
     @classmethod
@@ -219,7 +204,7 @@ class Indicators(Document):
             FileFormatError: If it holds no joint training, or its step sizes are not valid or have
                 no start values yet.
         """
-        from limpq_ext.training.checkpoint import read_step_sizes
+        from limpq_ext.training.step_sizes import read_step_sizes
 
         return cls._read(path, lambda: read_step_sizes(path), "checkpoint")
 
@@ -340,29 +325,6 @@ class Indicators(Document):
                     )
             layers.append(LayerIndicators(layer.name, repaired["weight"], repaired["activation"]))
         return dataclasses.replace(self, layers=tuple(layers)), tuple(records)
-
-
-def check_started(
-    found: Iterable[tuple[str, Kind, Sequence[int], Sequence[bool]]],
-) -> None:
-    """Make sure that step sizes are learned ones, or at least start values.
-
-    Args:
-        found: Layer, kind, candidate bits, and for each of them whether it has its start value.
-
-    Raises:
-        ValueError: One has none; the message names all such layers.
-    """
-    lacking = [
-        f"layer {name!r} ({kind}s at {', '.join(str(b) for b in absent)} bits)"
-        for name, kind, bits, started in found
-        if (absent := [b for b, has in zip(bits, started, strict=True) if not has])
-    ]
-    if lacking:
-        raise ValueError(
-            f"step sizes without a start value: {', '.join(lacking)}; no training batch has gone"
-            " through them yet: train the model with JointTrainer, or calibrate it"
-        )
 
 
 _OUTCOMES: Final[dict[Rule, Action]] = {

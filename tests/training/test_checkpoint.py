@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from limpq_ext import FileFormatError, Indicators, JointTrainer, finetune, prepare
+from limpq_ext import FileFormatError, JointTrainer, finetune, prepare
 from limpq_ext.data.loading import make_loader
 from limpq_ext.training.checkpoint import Checkpoint, write_sealed
 from limpq_ext.training.loop import Recording, run_epochs
@@ -412,31 +412,6 @@ def test_a_failed_write_keeps_the_former_checkpoint(tmp_path, monkeypatch):
         checkpoint.save({"step": 2})
     assert checkpoint.load()["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_indicators_come_out_of_any_checkpoint_of_a_joint_training(tmp_path):
-    model = prepare(network(), BITS, example_input=torch.zeros(2, 3, 8, 8))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    trainer = JointTrainer(model, optimizer, F.cross_entropy)
-    trainer.step(torch.randn(4, 3, 8, 8), torch.arange(4))
-    expected = trainer.indicators()
-    Checkpoint(tmp_path / "joint.checkpoint").save({"parts": {"trainer": trainer.state_dict()}})
-    torch.save(trainer.state_dict(), tmp_path / "state.pt")
-    for name in ("joint.checkpoint", "state.pt"):
-        found = Indicators.from_checkpoint(tmp_path / name)
-        assert (found.bits, found.layers) == (expected.bits, expected.layers)
-
-
-def test_a_checkpoint_without_a_joint_training_has_no_indicators(tmp_path):
-    path = tmp_path / "x.checkpoint"
-    torch.save({"format": "limpq-checkpoint", "model": {}}, path)
-    with pytest.raises(FileFormatError, match=r"x\.checkpoint: holds no state of a joint training"):
-        Indicators.from_checkpoint(path)
-    path.write_bytes(b"PK")
-    with pytest.raises(FileFormatError, match=r"x\.checkpoint: not a readable checkpoint"):
-        Indicators.from_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match="cannot read the checkpoint file"):
-        Indicators.from_checkpoint(tmp_path / "none.checkpoint")
 
 
 def test_a_joint_training_does_not_go_on_from_other_candidates():
