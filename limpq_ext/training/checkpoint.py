@@ -10,7 +10,6 @@ training, and at its end all processes get them.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import time
@@ -24,8 +23,6 @@ from limpq_ext.training.distributed import (
     from_main,
     gather,
     is_main,
-    rank,
-    world_size,
 )
 from limpq_ext.training.random_state import random_states
 from limpq_ext.values.files import open_atomically, remove_leftovers
@@ -208,72 +205,3 @@ def _is_of_processes(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(own, dict) and isinstance(own.get("random"), dict) for own in value
     )
-
-
-def own_part(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint keeps for this process; None where it is of another number of processes."""
-    processes = state["processes"]
-    return processes[rank()] if len(processes) == world_size() else None
-
-
-def check_alike(saved: Any, own: Any, where: str) -> None:
-    """Make sure that values of a checkpoint are of the kinds that a training's own state has.
-
-    Keys that only one of them has are passed over: they come and go with versions of torch, and
-    whoever takes the state back misses what it needs. Tensors are for their owners to judge.
-
-    Args:
-        saved: The state in the checkpoint.
-        own: The state of the training that takes it back.
-        where: What both are called.
-
-    Raises:
-        ValueError: A value is of another kind; the message says which.
-    """
-    if isinstance(own, dict):
-        fits = isinstance(saved, dict)
-        pairs = [(key, saved[key], own[key]) for key in own if fits and key in saved]
-    elif isinstance(own, list | tuple):
-        # A list that is empty yet, such as that of the records, may have grown.
-        fits = isinstance(saved, list | tuple) and (not own or len(saved) == len(own))
-        pairs = list(zip(range(len(own)), saved, own)) if fits else []  # noqa: B905
-    else:
-        numbers = (int, float)
-        undecided = (type(None), bool)  # an optimizer's "fused", which depends on the device
-        fits = (
-            (type(own) in undecided and type(saved) in undecided)
-            or isinstance(own, torch.Tensor)
-            or type(own) is type(saved)
-            or (type(own) in numbers and type(saved) in numbers)
-        )
-        if fits and type(saved) in numbers and not math.isfinite(saved):
-            fits = type(own) is float and not math.isfinite(own)
-        pairs = []
-    if not fits:
-        raise ValueError(f"{where}: is {shown(saved)}, expected something like {shown(own)}")
-    for key, one, other in pairs:
-        check_alike(one, other, f"{where}.{key}" if where else f"{key}")
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Make sure that what an optimizer of ours took back belongs to its parameters.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
-        return
-    for group in optimizer.param_groups:
-        if missing := optimizer.defaults.keys() - group.keys():
-            raise ValueError(f"optimizer: {min(missing)} is missing")
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, state in optimizer.state.items():
-        if parameter not in known or not isinstance(state, dict):
-            raise ValueError("optimizer: its state is not of these parameters")
-        for name, value in state.items():
-            shape = torch.Size() if name == "step" else parameter.shape
-            if value is not None and getattr(value, "shape", None) != shape:
-                raise ValueError(
-                    f"optimizer: {shown(name)} does not fit a parameter of shape"
-                    f" {tuple(parameter.shape)}"
-                )
