@@ -1,6 +1,6 @@
 """The joint step: every bit-width of every layer trained at once, and once more at random.
 
-`trainer` is LIMPQ's step; `runner` runs its branches, with one weight bank, compiled or as a CUDA
-graph; `sharing` finds what the branches have in common. Imports training, conversion, graph, nn,
-kernels and values. Begin with `trainer`.
+`trainer` is LIMPQ's step, at will as a CUDA graph; `runner` runs its branches, with one weight bank
+or compiled; `sharing` finds what the branches have in common. Imports training, conversion, graph,
+nn, kernels and values. Begin with `trainer`.
 """

@@ -1,6 +1,6 @@
 """What all trainings share, and those of a network that has its bits: calibration, fine-tuning.
 
-`loop` runs epochs with checkpoints, signals, records and several processes; `update` is what
-happens between the gradients and the end of a step. Imports nn, kernels and values. Begin with
-`finetune`, then `loop`.
+`loop` runs epochs; `course` is how far it is, which `checkpoint` keeps in a file, and `records` is
+what it writes down; `update` is what happens between the gradients and the end of a step, in one
+process or several. Imports nn, kernels and values. Begin with `finetune`, then `loop`.
 """
