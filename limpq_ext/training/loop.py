@@ -118,8 +118,7 @@ def run_epochs(
         journal.report(f"going on after step {course.step} of {total} from {checkpoint.path}")
     journal.start(course.step)
     records = Records(course, schedule, model, journal, observe)
-
-    signals = StopSignals()
+    keeping = _Keeping(course, checkpoint, total)
     warned = False
 
     def finish_epoch() -> None:
@@ -129,11 +128,11 @@ def run_epochs(
             on_epoch(record)
 
     def after_step() -> None:
-        """Look, write records, save and stop: what of it is due."""
+        """Look, write records, keep and stop: what of it is due."""
         ends = course.batch == steps_per_epoch
         logs = recording.log_steps > 0 and course.step % recording.log_steps == 0
-        received, due = _agree_to_stop(signals, checkpoint, course.step)
-        if check is not None and (ends or logs or received or due):
+        keeps = keeping.is_due()
+        if check is not None and (ends or logs or keeps):
             check()
         if ends or logs:
             sums = course.read()
@@ -141,12 +140,10 @@ def run_epochs(
                 records.of_steps(sums)
         if ends:
             finish_epoch()
-        if checkpoint is not None and (received or due):
-            course.save(checkpoint)
-        if received:
-            raise Interrupted(received, _farewell(received, course.step, total, checkpoint))
+        if keeps:
+            keeping.keep()
 
-    with signals.noticed(), _naming_kept(checkpoint):
+    with keeping.noticing():
         while course.epochs < epochs:
             epoch = course.epochs + 1
             batches = batches_of_epoch(loader, epoch - 1, course.batch)
@@ -177,27 +174,50 @@ def run_epochs(
     return course.records
 
 
-@contextmanager
-def _naming_kept(checkpoint: Checkpoint | None) -> Iterator[None]:
-    try:
-        yield
-    except NonFiniteError as error:
-        if checkpoint is not None and checkpoint.path.exists():
-            error.args = (f"{error}; the last good checkpoint is kept: {checkpoint.path}",)
-        raise
+class _Keeping:
+    """Keeps how far a training is in its checkpoint, when that is due and when a signal ends it."""
 
+    def __init__(self, course: Course, checkpoint: Checkpoint | None, total: int) -> None:
+        self._course = course
+        self._checkpoint = checkpoint
+        self._total = total
+        self._signals = StopSignals()
+        self._received = 0  # by any process
 
-def _farewell(number: int, step: int, total: int, checkpoint: Checkpoint | None) -> str:
-    reason = f"stopped by {signal.Signals(number).name} after step {step} of {total}"
-    if checkpoint is None:
-        return f"{reason}; there is no checkpoint to go on from"
-    return f"{reason}; the same command goes on from {checkpoint.path}"
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Notice signals; a step that is not finite ends with the name of what is kept."""
+        with self._signals.noticed():
+            try:
+                yield
+            except NonFiniteError as error:
+                if self._checkpoint is not None and self._checkpoint.path.exists():
+                    kept = f"the last good checkpoint is kept: {self._checkpoint.path}"
+                    error.args = (f"{error}; {kept}",)
+                raise
 
+    def is_due(self) -> bool:
+        """Whether all processes have to `keep` after this step."""
+        due = (
+            self._checkpoint is not None
+            and is_main()
+            and self._checkpoint.is_due(self._course.step)
+        )
+        self._received, wanted = agree(self._signals.received, int(due))
+        return bool(self._received or wanted)
 
-def _agree_to_stop(
-    signals: StopSignals, checkpoint: Checkpoint | None, step: int
-) -> tuple[int, bool]:
-    """The signal that stops all processes (0: none), and whether a checkpoint is due."""
-    due = checkpoint is not None and is_main() and checkpoint.is_due(step)
-    received, wanted = agree(signals.received, int(due))
-    return received, bool(wanted)
+    def keep(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            Interrupted: A signal came.
+        """
+        if self._checkpoint is not None:
+            self._course.save(self._checkpoint)
+        if self._received:
+            name = signal.Signals(self._received).name
+            reason = f"stopped by {name} after step {self._course.step} of {self._total}"
+            if self._checkpoint is None:
+                raise Interrupted(self._received, f"{reason}; there is no checkpoint to go on from")
+            command = f"the same command goes on from {self._checkpoint.path}"
+            raise Interrupted(self._received, f"{reason}; {command}")
