@@ -374,6 +374,18 @@ def test_fields_of_a_checkpoint_of_the_wrong_kind_are_named(tmp_path, place, val
         train(tmp_path)
 
 
+def test_a_checkpoint_of_two_processes_goes_on_in_one_which_says_so(tmp_path, capsys):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(CutOffError):
+        train(tmp_path, cut=3)
+    state = torch.load(path, weights_only=True)
+    with path.open("wb") as file:
+        write_sealed(file, {**state, "processes": 2 * state["processes"]})
+    _, records = train(tmp_path)
+    assert "the checkpoint is of 2 processes, now there are 1:" in capsys.readouterr().out
+    assert [record["step"] for record in records] == [5, 10, 15]
+
+
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     mine = tmp_path / f".checkpoint.{'0' * 32}.tmp"
     other = tmp_path / f".another.{'0' * 32}.tmp"
