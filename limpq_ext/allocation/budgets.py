@@ -18,7 +18,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Final
 
-from limpq_ext.ilp.program import Row
+from limpq_ext.ilp.rows import Row
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import FLOAT_BITS, Costs
 from limpq_ext.values.latency import LatencyTable
@@ -26,20 +26,6 @@ from limpq_ext.values.latency import LatencyTable
 Number = int | float | Fraction | Decimal
 Pair = tuple[int, int]
 """Weight bits and activation bits of one layer."""
-
-BUDGETS: Final = (
-    "bitops",
-    "size",
-    "total_size",
-    "compression",
-    "mean_weight_bits",
-    "mean_activation_bits",
-    "bits_per_weight",
-    "bits_per_activation",
-    "activation_memory",
-    "latency",
-)
-"""The names of all budgets, as `search` takes them."""
 
 _RANGE: Final = 300  # largest power of ten, up or down, that a number may have
 
@@ -383,55 +369,75 @@ def make_measure(name: str, costs: Costs, latency_table: LatencyTable | None = N
     Raises:
         ValueError: If there is no such budget, or the costs hold nothing of what it counts.
     """
+    return find_budget(name).measure(costs, latency_table)
+
+
+def _bitops(costs: Costs, _: LatencyTable | None) -> Measure:
     layers = costs.layers
-    weights = sum(layer.weights for layer in layers)
-    activations = sum(layer.activations for layer in layers)
+    return Measure(
+        "bitops", "BitOps", (0,), (lambda place, pair: layers[place].macs * pair[0] * pair[1],)
+    )
+
+
+def _bits_of_weights(costs: Costs) -> tuple[int, Callable[[int, Pair], int]]:
+    """The bits of the fixed layers' weights, and those of (place of a searchable layer, bits)."""
+    layers = costs.layers
     fixed = costs.fixed_bits * sum(layer.weights for layer in costs.fixed)
-
-    def bits_of_weights(place: int, pair: Pair) -> int:
-        return layers[place].weights * pair[0]
-
-    if name == "bitops":
-        return Measure(
-            name, "BitOps", (0,), (lambda place, pair: layers[place].macs * pair[0] * pair[1],)
-        )
-    if name == "size":
-        return Measure(name, "bits of all weights", (fixed,), (bits_of_weights,), 8)
-    if name == "total_size":
-        outside = FLOAT_BITS * costs.parameters_in_float()
-        return Measure(name, "bits of all parameters", (fixed + outside,), (bits_of_weights,), 8)
-    if name == "compression":
-        everything = FLOAT_BITS * costs.all_weights
-        if not everything:
-            raise ValueError("compression: the costs hold no weights")
-        return Measure(name, "bits of all weights", (fixed,), (bits_of_weights,), everything, True)
-    if name in ("mean_weight_bits", "mean_activation_bits"):
-        side = 0 if name == "mean_weight_bits" else 1
-        return Measure(
-            name, "bits, summed over layers", (0,), (lambda _, pair: pair[side],), len(layers)
-        )
-    if name == "bits_per_weight":
-        if not weights:
-            raise ValueError("bits_per_weight: the searchable layers have no weights")
-        return Measure(name, "bits of searchable weights", (0,), (bits_of_weights,), weights)
-    if name == "bits_per_activation":
-        if not activations:
-            raise ValueError("bits_per_activation: the searchable layers have no activations")
-        return Measure(
-            name,
-            "bits of inputs of searchable layers",
-            (0,),
-            (lambda place, pair: layers[place].activations * pair[1],),
-            activations,
-        )
-    if name == "activation_memory":
-        return _activation_memory(costs)
-    if name == "latency" and latency_table is not None:
-        return _latency(costs, latency_table)
-    raise ValueError(f"there is no budget {name!r}: it is one of {', '.join(BUDGETS)}")
+    return fixed, lambda place, pair: layers[place].weights * pair[0]
 
 
-def _activation_memory(costs: Costs) -> Measure:
+def _size(costs: Costs, _: LatencyTable | None) -> Measure:
+    fixed, cost = _bits_of_weights(costs)
+    return Measure("size", "bits of all weights", (fixed,), (cost,), 8)
+
+
+def _total_size(costs: Costs, _: LatencyTable | None) -> Measure:
+    fixed, cost = _bits_of_weights(costs)
+    outside = FLOAT_BITS * costs.parameters_in_float()
+    return Measure("total_size", "bits of all parameters", (fixed + outside,), (cost,), 8)
+
+
+def _compression(costs: Costs, _: LatencyTable | None) -> Measure:
+    fixed, cost = _bits_of_weights(costs)
+    everything = FLOAT_BITS * costs.all_weights
+    if not everything:
+        raise ValueError("compression: the costs hold no weights")
+    return Measure("compression", "bits of all weights", (fixed,), (cost,), everything, True)
+
+
+def _mean_weight_bits(costs: Costs, _: LatencyTable | None) -> Measure:
+    unit, count = "bits, summed over layers", len(costs.layers)
+    return Measure("mean_weight_bits", unit, (0,), (lambda _, pair: pair[0],), count)
+
+
+def _mean_activation_bits(costs: Costs, _: LatencyTable | None) -> Measure:
+    unit, count = "bits, summed over layers", len(costs.layers)
+    return Measure("mean_activation_bits", unit, (0,), (lambda _, pair: pair[1],), count)
+
+
+def _bits_per_weight(costs: Costs, _: LatencyTable | None) -> Measure:
+    weights = sum(layer.weights for layer in costs.layers)
+    if not weights:
+        raise ValueError("bits_per_weight: the searchable layers have no weights")
+    cost = _bits_of_weights(costs)[1]
+    return Measure("bits_per_weight", "bits of searchable weights", (0,), (cost,), weights)
+
+
+def _bits_per_activation(costs: Costs, _: LatencyTable | None) -> Measure:
+    layers = costs.layers
+    activations = sum(layer.activations for layer in layers)
+    if not activations:
+        raise ValueError("bits_per_activation: the searchable layers have no activations")
+    return Measure(
+        "bits_per_activation",
+        "bits of inputs of searchable layers",
+        (0,),
+        (lambda place, pair: layers[place].activations * pair[1],),
+        activations,
+    )
+
+
+def _activation_memory(costs: Costs, _: LatencyTable | None) -> Measure:
     """One sum for every moment at which not less is held than at another one, at any bits."""
     if not costs.tensors:
         raise ValueError("activation_memory: the costs have no tensors: profile the network again")
@@ -465,13 +471,86 @@ def _within(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> b
     return one.keys() <= other.keys() and all(count <= other[at] for at, count in one.items())
 
 
-_WORDS: Final = {
-    "bitops": "BitOps",
-    "size": "bytes",
-    "total_size": "bytes",
-    "compression": "times smaller",
-    "activation_memory": "bytes",
+def _latency(costs: Costs, table: LatencyTable | None) -> Measure:
+    """Seconds as integers, in the largest of ms, µs, ns, ... in which all entries are whole."""
+    if table is None:
+        raise ValueError("latency and latency_table go together: latency_table is missing")
+    power = next(k for k in itertools.count(0, 3) if 10**k % table.per_second == 0)
+    per_second = 10**power
+    searchable = [layer.name for layer in costs.layers]
+    fixed = (costs.fixed_bits, costs.fixed_bits)
+
+    def cost(place: int, pair: Pair) -> int:
+        return int(table.seconds[searchable[place], pair[0], pair[1]] * per_second)
+
+    known = (table.seconds.get((layer.name, *fixed), Fraction(0)) for layer in costs.fixed)
+    return Measure(
+        "latency",
+        dict(enumerate(("s", "ms", "µs", "ns", "ps", "fs"))).get(power // 3, f"1e-{power} s"),
+        (int(sum(known, Fraction(0)) * per_second),),
+        (cost,),
+        per_second,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What there is to say of a budget once and for all.
+
+    Attributes:
+        unit: The user's unit, as it stands behind an amount.
+        help: What a limit of it means, a line.
+        measure: How it is counted in a network; the table is that of a latency.
+    """
+
+    unit: str
+    help: str
+    measure: Callable[[Costs, LatencyTable | None], Measure]
+
+
+BUDGETS: Final[Mapping[str, Kind]] = {
+    "bitops": Kind("BitOps", "Most BitOps of the searchable layers, per image.", _bitops),
+    "size": Kind("bytes", "Most bytes of the weights of searchable and fixed layers.", _size),
+    "total_size": Kind(
+        "bytes", "Most bytes of the whole network, what stays in float32 too.", _total_size
+    ),
+    "compression": Kind(
+        "times smaller", "Least ratio of 32-bit weights to the policy's.", _compression
+    ),
+    "mean_weight_bits": Kind(
+        "bits", "Highest mean of the weight bits over the layers.", _mean_weight_bits
+    ),
+    "mean_activation_bits": Kind(
+        "bits", "Highest mean of the activation bits over the layers.", _mean_activation_bits
+    ),
+    "bits_per_weight": Kind(
+        "bits", "Highest mean of the bits over all searchable weights.", _bits_per_weight
+    ),
+    "bits_per_activation": Kind(
+        "bits", "Highest mean of the bits over all inputs of the layers.", _bits_per_activation
+    ),
+    "activation_memory": Kind(
+        "bytes", "Most bytes of activations held at one moment, per image.", _activation_memory
+    ),
+    "latency": Kind("s", "Most seconds, by --latency-table.", _latency),
 }
+"""All budgets by the names that `search`, recipes and the command line have for them.
+
+What those take is made from this table, and a test holds `search` and its docstring to it.
+"""
+
+
+def find_budget(name: str) -> Kind:
+    """A budget of the table.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in BUDGETS:
+        raise ValueError(f"there is no budget {name!r}: it is one of {', '.join(BUDGETS)}")
+    return BUDGETS[name]
+
+
 _TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTES: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
 _BITOPS: Final = ((10**9, "GBitOps"), (10**6, "MBitOps"), (10**3, "KBitOps"), (1, "BitOps"))
@@ -491,7 +570,7 @@ def in_words(name: str, value: int | float) -> str:
         scale, unit = _scale(_TIMES, value or 1)
         return f"{value / scale:,.6g} {unit}"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-    return f"{text} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+    return f"{text} {_unit(name)}{_in_large(name, value)}"
 
 
 def in_exact_words(name: str, value: int | float) -> str:
@@ -506,12 +585,12 @@ def in_exact_words(name: str, value: int | float) -> str:
     """
     if name == "latency":
         return f"{value:,} s ({in_words(name, value)})"
-    return f"{value:,} {_WORDS.get(name, 'bits')}{_in_large(name, value)}"
+    return f"{value:,} {_unit(name)}{_in_large(name, value)}"
 
 
 def in_short_words(name: str, value: int | float) -> str:
     """A limit or use with its unit, as short as a table wants it, such as ``1.234 MB``."""
-    unit = _WORDS.get(name, "bits")
+    unit = _unit(name)
     if name == "latency":
         scale, unit = _scale(_TIMES, value or 1)
     elif unit == "bytes":
@@ -523,8 +602,13 @@ def in_short_words(name: str, value: int | float) -> str:
     return f"{value / scale:,.8g} {unit}"
 
 
+def _unit(name: str) -> str:
+    """The user's unit; what a file calls a budget may be none."""
+    return BUDGETS[name].unit if name in BUDGETS else "bits"
+
+
 def _in_large(name: str, value: int | float) -> str:
-    if _WORDS.get(name) != "bytes" or value < _BYTES[-1][0]:
+    if _unit(name) != "bytes" or value < _BYTES[-1][0]:
         return ""
     scale, unit = _scale(_BYTES, value)
     return f" ({value / scale:,.4g} {unit})"
@@ -533,23 +617,3 @@ def _in_large(name: str, value: int | float) -> str:
 def _scale(scales: Sequence[tuple[float, str]], value: float) -> tuple[float, str]:
     """The largest unit of which the value has one; the smallest where it has none of any."""
     return next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
-
-
-def _latency(costs: Costs, table: LatencyTable) -> Measure:
-    """Seconds as integers, in the largest of ms, µs, ns, ... in which all entries are whole."""
-    power = next(k for k in itertools.count(0, 3) if 10**k % table.per_second == 0)
-    per_second = 10**power
-    searchable = [layer.name for layer in costs.layers]
-    fixed = (costs.fixed_bits, costs.fixed_bits)
-
-    def cost(place: int, pair: Pair) -> int:
-        return int(table.seconds[searchable[place], pair[0], pair[1]] * per_second)
-
-    known = (table.seconds.get((layer.name, *fixed), Fraction(0)) for layer in costs.fixed)
-    return Measure(
-        "latency",
-        dict(enumerate(("s", "ms", "µs", "ns", "ps", "fs"))).get(power // 3, f"1e-{power} s"),
-        (int(sum(known, Fraction(0)) * per_second),),
-        (cost,),
-        per_second,
-    )

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from limpq_ext.allocation.budgets import (
-    BUDGETS,
     Asked,
     Measure,
     Pair,
     exact_limit,
+    find_budget,
     in_exact_words,
     in_short_words,
 )
@@ -200,8 +200,7 @@ def pareto(
         InfeasibleError: If no policy keeps the other budgets and restrictions.
         TimeoutError: If the time limit passed before there was a policy for a point.
     """
-    if over not in BUDGETS:
-        raise ValueError(f"there is no budget {over!r}: it is one of {', '.join(BUDGETS)}")
+    find_budget(over)
     if question.get(over) is not None:
         raise ValueError(f"{over} is the budget that moves: give start and stop instead of a limit")
     if isinstance(points, bool) or not isinstance(points, int):

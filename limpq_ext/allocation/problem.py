@@ -340,7 +340,7 @@ def make_problem(
     **budgets: Asked | None,
 ) -> Problem:
     """Check a question; `limpq_ext.search` describes the arguments and the errors."""
-    unknown = budgets.keys() - set(BUDGETS)
+    unknown = budgets.keys() - BUDGETS.keys()
     if unknown:
         raise TypeError(f"there is no budget or option {min(unknown)!r}")
     exact_alpha = exact_number("alpha", alpha, zero=True)

@@ -9,12 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
 from limpq_ext.data.glyphs import CLASSES
 from limpq_ext.data.images import OnCorrupt
 from limpq_ext.data.scan import Scan
 from limpq_ext.data.sources import canonical_name
 from limpq_ext.data.transforms import Augment
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS
+from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
 from limpq_ext.values.reading import (
     YAML_BYTES,
@@ -173,8 +175,6 @@ class LevelSection(_Section):
 
 def _read_budget(value: Any, info: Any) -> Any:
     """A level or share that is written as text has to be one."""
-    from limpq_ext.allocation.budgets import parse_budget
-
     if isinstance(value, str):
         parse_budget(info.field_name, value)
     return value
@@ -182,8 +182,6 @@ def _read_budget(value: Any, info: Any) -> Any:
 
 def _read_pair(value: Any) -> Any:
     """Pairs of bits may be written as a level."""
-    from limpq_ext.allocation.budgets import UniformLevel, parse_budget
-
     if isinstance(value, str):
         level = parse_budget("pair of bits", value)
         if not isinstance(level, UniformLevel):
@@ -223,25 +221,21 @@ class RestrictionsSection(_Section):
     )
 
 
-class SearchSection(RestrictionsSection):
+_Budgets: Any = pydantic.create_model(
+    "_Budgets",
+    __base__=RestrictionsSection,
+    **{name: (_Budget, Field(None, description=kind.help)) for name, kind in BUDGETS.items()},
+)
+
+
+class SearchSection(_Budgets):
     """Budgets, restrictions and options of the search; what is null does not limit.
 
     A budget is a number, the level of a uniform policy (w3a4, or weight_bits and activation_bits),
-    or a share of what 8 bits use (25%).
+    or a share of what 8 bits use (25%). Where none is given, and ``bitops`` is not null, the limit
+    is the BitOps of W3A3.
     """
 
-    bitops: _Budget = Field(
-        None, description="BitOps; where no budget is given, and this is not null, those of W3A3"
-    )
-    size: _Budget = Field(None, description="bytes of the weights of quantized layers")
-    total_size: _Budget = Field(None, description="bytes of all parameters, float ones too")
-    compression: _Budget = Field(None, description="least ratio to 32-bit weights")
-    mean_weight_bits: _Budget = Field(None, description="over the layers")
-    mean_activation_bits: _Budget = Field(None, description="over the layers")
-    bits_per_weight: _Budget = Field(None, description="mean over the weights")
-    bits_per_activation: _Budget = Field(None, description="mean over the layers' inputs")
-    activation_memory: _Budget = Field(None, description="bytes held at one moment, for one sample")
-    latency: _Budget = Field(None, description="seconds, by the latency table")
     latency_table: str | None = Field(None, description="file (.json, .csv)")
     alpha: float = 1.0
     normalise: bool = Field(False, description="normalised indicators instead of the plain sum")
@@ -253,8 +247,6 @@ class SearchSection(RestrictionsSection):
 
     @pydantic.model_validator(mode="after")
     def _set_default(self) -> SearchSection:
-        from limpq_ext.allocation.budgets import BUDGETS
-
         if "bitops" not in self.model_fields_set and not any(
             getattr(self, name, None) is not None for name in BUDGETS
         ):
@@ -274,9 +266,6 @@ class SearchSection(RestrictionsSection):
             OSError: The latency table cannot be read.
             FileFormatError: It is not one.
         """
-        from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
-        from limpq_ext.values.latency import LatencyTable
-
         given: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         for name in BUDGETS:
             if isinstance(given[name], LevelSection):

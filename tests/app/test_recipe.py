@@ -1,15 +1,18 @@
 import datetime
 import inspect
+import re
 from fractions import Fraction
 
 import pytest
 
 pytest.importorskip("pydantic")
 
+from limpq_ext.allocation.budgets import BUDGETS
 from limpq_ext.allocation.problem import Question
 from limpq_ext.allocation.search import of_8bit, search, uniform
 from limpq_ext.app.recipe import (
     Recipe,
+    SearchSection,
     dump_recipe,
     load_recipe,
     load_restrictions,
@@ -117,6 +120,17 @@ def test_a_budget_that_a_recipe_names_stays_beside_a_new_one():
 def test_search_and_its_question_take_the_same():
     options = inspect.signature(search).parameters
     assert set(options) - {"indicators", "costs"} == Question.__annotations__.keys()
+
+
+def test_a_budget_of_the_table_is_taken_and_described_everywhere():
+    options = inspect.signature(search).parameters.values()
+    taken = [own.name for own in options if own.annotation == "Asked | None"]
+    asked = [name for name, kind in Question.__annotations__.items() if "Asked" in str(kind)]
+    fields = [name for name in SearchSection.model_fields if name in BUDGETS]
+    arguments = inspect.getdoc(search).partition("\nArgs:\n")[2].partition("\nReturns:\n")[0]
+    described = re.findall(r"^    (\w+): ", arguments, re.MULTILINE)
+    assert described == list(inspect.signature(search).parameters)
+    assert taken == asked == fields == list(BUDGETS)
 
 
 def test_restrictions_can_be_a_file_of_their_own(tmp_path):
