@@ -42,7 +42,7 @@ def heeding_interrupts():
 @pytest.fixture
 def limpq(monkeypatch, capsys, tmp_path):
     """Runs the command line in a folder of its own: exit code, standard output, errors."""
-    from limpq_ext.app import cli
+    from limpq_ext.app.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -50,7 +50,7 @@ def limpq(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["limpq", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code or 0
         told = capsys.readouterr()

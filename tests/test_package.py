@@ -64,7 +64,7 @@ def test_an_older_torch_is_an_import_error_that_names_both(tmp_path):
 def test_help_needs_no_torch(command):
     arguments = ["limpq", *command.split(), "--help"]
     code = f"import sys; sys.modules['torch'] = None; sys.argv = {arguments}\n"
-    told = python(code + "from limpq_ext.app.cli import main; main()")
+    told = python(code + "from limpq_ext.app.cli.main import main; main()")
     assert told.returncode == 0, told.stderr
     assert "Usage: limpq" in told.stdout
 

@@ -39,7 +39,7 @@ def finished_run(tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "limpq_ext.app.cli",
+        "limpq_ext",
         "run",
         str(recipe),
         "--out",
@@ -385,6 +385,9 @@ def search_files():
         (("--bitops", "w4a2"), [(2, 4), (2, 4)]),  # as good, as many BitOps, smaller
         (("--bitops", "320"), [(4, 4), (4, 4)]),
         (("--size", "50%"), [(4, 8), (4, 8)]),
+        (("--budget", "size=50%"), [(4, 8), (4, 8)]),
+        (("--budget", "mean_weight_bits=4", "--budget", "activation_memory=8"), [(4, 2), (4, 2)]),
+        (("--mean-weight-bits", 4, "--budget", "activation_memory=8"), [(4, 2), (4, 2)]),
         (("--compression", "w2a2"), [(2, 8), (2, 8)]),
         (("--bits-per-weight", 2, "--bits-per-activation", "w8a4"), [(2, 4), (2, 4)]),
         (("--activation-memory", 8, "--mean-weight-bits", 4), [(4, 2), (4, 2)]),
@@ -417,7 +420,7 @@ def test_a_curve_is_written_as_json_and_csv(limpq):
     search_files()
     code, said, error = limpq(
         "pareto", "--indicators", "indicators.json", "--costs", "costs.json", "--points", 10,
-        "--over", "size", "--stop", "w8a8", "--bitops", "75%", "--restrictions",
+        "--over", "size", "--stop", "w8a8", "--budget", "bitops=75%", "--restrictions",
         "restrictions.yaml",
     )  # fmt: skip
     assert code == 0, error
@@ -567,6 +570,42 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         ((*SEARCH, "indicators.json", "--size", "3 apples"), "size: '3 apples' is not a number, a"),
         ((*SEARCH, "indicators.json", "--compression", "25%"), "takes no share of 8 bits"),
         ((*SEARCH, "indicators.json", "--activation-memory", "25%"), "profile the network again"),
+        ((*SEARCH, "indicators.json", "--budget", "size"), "--budget size: expected NAME=VALUE"),
+        ((*SEARCH, "indicators.json", "--budget", "speed=3"), "there is no budget 'speed': it is"),
+        ((*SEARCH, "indicators.json", "--budget", "size=big"), "size: 'big' is not a number, a"),
+        (
+            (*SEARCH, "indicators.json", "--budget", "size=9", "--budget", "size=8"),
+            "--budget size=8: size is 9 already: give one",
+        ),
+        (
+            (*SEARCH, "indicators.json", "--size", 9, "--budget", "size=8"),
+            "--budget size=8: size is 9 already: give one",
+        ),
+        (
+            (
+                *SEARCH,
+                "indicators.json",
+                "--weight-bits-level",
+                3,
+                "--activation-bits-level",
+                4,
+                "--budget",
+                "bitops=8",
+            ),
+            "--budget bitops=8: bitops is w3a4 already: give one",
+        ),
+        (
+            (
+                "pareto",
+                "--indicators",
+                "indicators.json",
+                "--costs",
+                "costs.json",
+                "--budget",
+                "bitops=8",
+            ),
+            "bitops is the budget that moves",
+        ),
         ((*SEARCH, "indicators.json", "--latency", "1"), "latency_table is missing"),
         ((*SEARCH, "indicators.json", "--latency-table", "none.csv"), "none.csv"),
         (
@@ -635,9 +674,9 @@ def test_bad_input_is_one_line_and_exit_code_2(limpq, arguments, message):
 
 
 def test_an_unknown_option_is_a_usage_error(limpq):
-    code, _, error = limpq("search", "--budget", 3)
+    code, _, error = limpq("search", "--limit", 3)
     assert code == 2
-    assert "--budget" in error
+    assert "--limit" in error
 
 
 def test_an_error_is_one_line_and_debug_shows_where_it_is_from(limpq):
