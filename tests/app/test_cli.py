@@ -319,7 +319,7 @@ def test_a_signal_where_nothing_is_trained_ends_with_one_sentence(
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(
-        "limpq_ext.app.run.load_data", lambda *_, **__: os.kill(os.getpid(), number)
+        "limpq_ext.app.session.load_data", lambda *_, **__: os.kill(os.getpid(), number)
     )
     code, _, error = limpq("run", recipe, "--out", tmp_path / "out")
     assert code == 128 + number

@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-from limpq_ext.app import run as pipeline
+from limpq_ext.app import trainings
 from limpq_ext.app.recipe import make_recipe
-from limpq_ext.app.run import Session
+from limpq_ext.app.session import Session
 
 
 def indicators(**options):
@@ -18,7 +18,7 @@ def indicators(**options):
     # writes past its memory on processors without AVX-512.
     model = {"name": "cifar_resnet", "options": {"width": 8}}
     session = Session(make_recipe({"bits": [2, 4], "model": model, "joint": joint}))
-    return session.train_indicators(session.create_model(), None, None)[0]
+    return trainings.train_indicators(session, session.create_model())[0]
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
 @pytest.mark.parametrize("key", ["weight_bank", "share_stem", "drop_relu"])
 def test_what_branches_share_can_be_switched_off_in_a_recipe(key, monkeypatch):
     trainers = []
-    original = pipeline.JointTrainer
+    original = trainings.JointTrainer
 
     def remember(*arguments, **options):
         trainers.append(original(*arguments, **options))
         return trainers[-1]
 
-    monkeypatch.setattr(pipeline, "JointTrainer", remember)
+    monkeypatch.setattr(trainings, "JointTrainer", remember)
     shared = []
     for options in ({}, {key: False}):
         indicators(**options)
@@ -66,12 +66,12 @@ def test_a_cuda_graph_on_the_cpu_is_an_error():
 def test_what_the_branches_share_can_be_switched_off_in_a_recipe(monkeypatch):
     made = []
 
-    class Noted(pipeline.JointTrainer):
+    class Noted(trainings.JointTrainer):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             made.append(self)
 
-    monkeypatch.setattr(pipeline, "JointTrainer", Noted)
+    monkeypatch.setattr(trainings, "JointTrainer", Noted)
     indicators()
     indicators(weight_bank=False, share_stem=False, drop_relu=False)
     shared, plain = (trainer.shared for trainer in made)

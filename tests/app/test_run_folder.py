@@ -206,11 +206,11 @@ def test_a_folder_that_is_no_run_yet_is_not_made_by_a_recipe_that_cannot_run(lim
 def test_a_file_that_appears_while_a_stage_works_is_not_replaced(copied, limpq, monkeypatch):
     recipe, out = copied
 
-    def search_policy(*arguments):
+    def search(*arguments, **question):
         (out / "policy.json").write_text("mine")
         return Policy.load(out / "uniform.json")
 
-    monkeypatch.setattr("limpq_ext.app.run.search_policy", search_policy)
+    monkeypatch.setattr("limpq_ext.app.run.search", search)
     code, _, error = limpq("run", recipe, "--out", out, "--set", "search.alpha=2.0")
     assert code == 2
     assert "policy.json was written by somebody else meanwhile" in error
@@ -347,8 +347,8 @@ def test_what_cannot_be_done_is_said_before_anything_trains(
     recipe, _ = finished
     own_network(NET.replace("nn.Flatten()", "nn.Flatten(), nn.LSTM(4, 4), Only()") + ONLY)
     Path("holes.csv").write_text(HOLES)
-    monkeypatch.setattr("limpq_ext.app.run.run_epochs", never)
-    monkeypatch.setattr("limpq_ext.app.run.finetune", never)
+    monkeypatch.setattr("limpq_ext.app.trainings.run_epochs", never)
+    monkeypatch.setattr("limpq_ext.app.trainings.finetune", never)
     options = [word for setting in settings for word in ("--set", setting)]
     code, said, error = limpq("run", recipe, "--out", "out", *options)
     assert code == 2
@@ -377,8 +377,8 @@ def test_a_missing_extra_is_said_before_anything_trains(
     hidden = {"tensorboard": "torch.utils.tensorboard"}.get(module, module)
     for name in (hidden, *[name for name in sys.modules if name.startswith(f"{hidden}.")]):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("limpq_ext.app.run.run_epochs", never)
-    monkeypatch.setattr("limpq_ext.app.run.finetune", never)
+    monkeypatch.setattr("limpq_ext.app.trainings.run_epochs", never)
+    monkeypatch.setattr("limpq_ext.app.trainings.finetune", never)
     code, _, error = limpq("run", recipe, "--out", "out", "--tensorboard")
     assert code == 2
     assert module in error

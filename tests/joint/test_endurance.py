@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, prepare
 from limpq_ext.app.recipe import Recipe
-from limpq_ext.app.run import Session
+from limpq_ext.app.session import Session
 from limpq_ext.data.loading import make_loader
 from limpq_ext.training.loop import Recording, run_epochs
 from limpq_ext.training.metrics import Journal, Meter, MetricsFile, resident_bytes

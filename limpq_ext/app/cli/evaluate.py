@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from limpq_ext.app.cli.arguments import (
     AllowCodeOption,
@@ -17,6 +17,9 @@ from limpq_ext.app.cli.arguments import (
 from limpq_ext.app.cli.inputs import one_recipe, read_recipe
 from limpq_ext.app.cli.output import check_outputs, is_first, make_reporter, say, write
 from limpq_ext.values.optional import require
+
+if TYPE_CHECKING:
+    from limpq_ext.app.results import Split
 
 typer = require("typer", "cli")
 
@@ -50,7 +53,9 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from limpq_ext.app.run import Session, choose_device
+    from limpq_ext.app.results import compare_networks, evaluate_network
+    from limpq_ext.app.session import Session, choose_device
+    from limpq_ext.app.trainings import calibrated_network
     from limpq_ext.training.distributed import process_group
     from limpq_ext.values.files import write_json
     from limpq_ext.values.policy import Policy
@@ -60,18 +65,22 @@ def evaluate(
     if calibrate is not None and policy is None:
         raise ValueError("--calibrate needs --policy: a float model has nothing to calibrate")
     check_outputs({"--out": out}, force)
+    part = cast("Split", split)
     chosen = None if policy is None else Policy.load(policy)
     given = read_recipe(one_recipe(recipe, recipe_option), set_, allow_code=allow_code, data=data)
     with process_group(choose_device(given.device)):
         session = Session(given)
-        model = session.network(weights, chosen, calibrate_batches=calibrate or 0)
+        if calibrate is None or chosen is None:
+            model = session.network(weights, chosen)
+        else:
+            model = calibrated_network(session, weights, chosen, calibrate)
         with make_reporter().stage("evaluating") as on_step:
-            result = session.evaluate(model, on_step, split)  # type: ignore[arg-type]  # checked above
+            result = evaluate_network(session, model, split=part, on_step=on_step)
         confusion = None
         if float_weights is not None:
             with make_reporter().stage("comparing with the float network") as on_step:
                 reference = session.network(float_weights, None)
-                confusion = session.confuse(model, reference, on_step, split)  # type: ignore[arg-type]  # as above
+                confusion = compare_networks(session, model, reference, split=part, on_step=on_step)
     if not is_first():
         return
     say(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")

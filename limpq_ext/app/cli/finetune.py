@@ -54,7 +54,8 @@ def finetune(
 
     The same command goes on after an interruption, from the checkpoint OUT.checkpoint.
     """
-    from limpq_ext.app.run import Session, choose_device
+    from limpq_ext.app.session import Session, choose_device
+    from limpq_ext.app.trainings import finetune_policy
     from limpq_ext.training.distributed import process_group
     from limpq_ext.values.policy import Policy
 
@@ -80,8 +81,13 @@ def finetune(
             inputs["joint_weights"] = joint_weights
         recording = recording_beside(out, given, [part, session.common_key()], **inputs)
         with make_reporter().stage("fine-tuning the policy") as on_step:
-            tuned = session.finetune_policy(
-                model, chosen, on_step, None, recording, joint_weights=joint_weights
+            tuned = finetune_policy(
+                session,
+                model,
+                chosen,
+                on_step=on_step,
+                recording=recording,
+                joint_weights=joint_weights,
             )
         if is_first():
             write(out, force, partial(session.save, tuned))

@@ -78,7 +78,8 @@ def indicators(
     else:
         if weights is None:
             raise ValueError("--weights is missing: indicators are trained from a float model")
-        from limpq_ext.app.run import Session, choose_device
+        from limpq_ext.app.session import Session, choose_device
+        from limpq_ext.app.trainings import calibrated_indicators, train_indicators
         from limpq_ext.training.distributed import process_group
 
         given = read_recipe(
@@ -97,12 +98,14 @@ def indicators(
             part = given.model_dump(mode="json", include={"quantization", "bits", "joint"})
             settings = [part, session.common_key(), session.fraction_key()]
             if calibrate is not None:
-                result, prepared = session.calibrated_indicators(model, calibrate)
+                result, prepared = calibrated_indicators(session, model, calibrate)
                 recording = None
             else:
                 recording = recording_beside(out, given, settings, weights=weights)
                 with make_reporter().stage("joint training of the indicators") as on_step:
-                    result, prepared = session.train_indicators(model, on_step, None, recording)
+                    result, prepared = train_indicators(
+                        session, model, on_step=on_step, recording=recording
+                    )
             if is_first():
                 if joint_weights is not None:
                     write(joint_weights, force, partial(session.save, prepared))

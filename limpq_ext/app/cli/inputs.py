@@ -102,7 +102,7 @@ def count_costs(
     if recipe is not None or model is None:
         if recipe is None:
             raise ValueError("nothing says which network: give --costs, --recipe or --model")
-        from limpq_ext.app.run import Session
+        from limpq_ext.app.session import Session
 
         return Session(read_recipe(recipe, allow_code=allow_code)).profile()
     if input_size is None:

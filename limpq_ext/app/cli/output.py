@@ -15,7 +15,7 @@ from limpq_ext.values.optional import require
 
 if TYPE_CHECKING:
     from limpq_ext.app.recipe import Recipe
-    from limpq_ext.app.run import RunReport
+    from limpq_ext.app.results import RunReport
     from limpq_ext.training.loop import Recording, StepDone
     from limpq_ext.values.costs import Costs
     from limpq_ext.values.policy import Policy

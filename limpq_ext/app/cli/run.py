@@ -52,7 +52,8 @@ def run(
     A second run into the same folder reuses every stage whose inputs did not change, and goes on
     with one that was interrupted. torchrun -m limpq_ext run ... runs it in several processes.
     """
-    from limpq_ext.app import run as pipeline
+    from limpq_ext.app.run import run as run_recipe
+    from limpq_ext.app.session import choose_device
     from limpq_ext.training.distributed import process_group
 
     source = one_recipe(recipe, recipe_option)
@@ -69,8 +70,8 @@ def run(
         tensorboard=tensorboard,
     )
     out = out or Path("runs") / Path(source or "digits").stem
-    with process_group(pipeline.choose_device(given.device)):
-        report = pipeline.run(given, out, fresh=fresh, reporter=make_reporter())
+    with process_group(choose_device(given.device)):
+        report = run_recipe(given, out, fresh=fresh, reporter=make_reporter())
     if is_first():
         print_report(report)
 
