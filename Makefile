@@ -14,7 +14,7 @@ TORCHVISION ?= 0.26.0
 OTHER := .venv-torch-$(TORCH)
 # What depends on torch: operators, bank, joint step, prepare, pipeline and compilers.
 TORCH_TESTS := tests/kernels tests/conversion/test_prepare.py tests/conversion/test_apply.py \
-	tests/joint/test_trainer.py tests/joint/test_cuda_graph.py tests/app/test_run.py
+	tests/joint/test_trainer.py tests/joint/test_cuda_graph.py tests/app/test_trainings.py
 
 .PHONY: help demo test test-all test-torch dist bench lint format clean
 

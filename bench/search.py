@@ -25,7 +25,8 @@ import torch
 
 from limpq_ext.app.models import create_shapes
 from limpq_ext.graph.profile import profile
-from limpq_ext.ilp.program import Program, Row, minimise
+from limpq_ext.ilp.program import Program, minimise
+from limpq_ext.ilp.rows import Row
 from limpq_ext.values.costs import FLOAT_BITS, Costs
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 

@@ -12,7 +12,7 @@ from limpq_ext.allocation.budgets import in_short_words, in_words
 from limpq_ext.allocation.infeasible import why_infeasible
 from limpq_ext.allocation.problem import Problem, Question, make_problem
 from limpq_ext.allocation.restrictions import ContradictionError
-from limpq_ext.ilp.program import NoSolutionError, Solution
+from limpq_ext.ilp.rows import NoSolutionError, Solution
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators
 from limpq_ext.values.policy import Policy

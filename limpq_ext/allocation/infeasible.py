@@ -9,7 +9,8 @@ from typing import Final
 
 from limpq_ext.allocation.budgets import Budget, in_exact_words, in_words
 from limpq_ext.allocation.problem import Problem
-from limpq_ext.ilp.program import NoSolutionError, Program, nearest
+from limpq_ext.ilp.program import Program, nearest
+from limpq_ext.ilp.rows import NoSolutionError
 from limpq_ext.values.policy import Policy
 
 _ANY: Final = 1.0

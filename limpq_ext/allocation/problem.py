@@ -41,7 +41,8 @@ from limpq_ext.allocation.restrictions import (
     make_restrictions,
     tied_inputs,
 )
-from limpq_ext.ilp.program import Link, Program, Row, Solution
+from limpq_ext.ilp.program import Program
+from limpq_ext.ilp.rows import Link, Row, Solution
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators, NonMonotone, Rule
 from limpq_ext.values.latency import LatencyTable

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limpq_ext.allocation.budgets import Pair
-from limpq_ext.ilp.program import Link
+from limpq_ext.ilp.rows import Link
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.names import matches

@@ -20,7 +20,7 @@ from limpq_ext.allocation.budgets import (
 )
 from limpq_ext.allocation.infeasible import InfeasibleError, why_infeasible
 from limpq_ext.allocation.problem import make_problem
-from limpq_ext.ilp.program import NoSolutionError
+from limpq_ext.ilp.rows import NoSolutionError
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators, Rule
 from limpq_ext.values.latency import LatencyTable

@@ -84,6 +84,7 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     common = session.common_key()
     _say_skipped(session.data, reporter)
 
+    # What the stages depend on: parts of the recipe, and files beside those of the run.
     weights, table = recipe.model.weights, recipe.search.latency_table
     given = [] if weights is None or is_published(weights) else [str(Path(weights).resolve())]
     measured = [] if table is None else [str(Path(table).resolve())]

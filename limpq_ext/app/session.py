@@ -12,12 +12,14 @@ from torch import nn
 
 from limpq_ext.app.models import create_model, is_published, load_weights, save_weights
 from limpq_ext.app.recipe import Recipe
-from limpq_ext.conversion.prepare import apply_policy, prepare
+from limpq_ext.conversion.apply import apply_policy
+from limpq_ext.conversion.prepare import prepare
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import Data
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
+from limpq_ext.graph.profile import profile
 from limpq_ext.training.distributed import broadcast_state, from_main
-from limpq_ext.values.costs import Costs, profile
+from limpq_ext.values.costs import Costs
 from limpq_ext.values.policy import Policy
 
 

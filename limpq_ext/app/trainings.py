@@ -14,17 +14,13 @@ from limpq_ext.app.recipe import TrainingSection
 from limpq_ext.app.session import Session
 from limpq_ext.data.loading import make_loader
 from limpq_ext.joint.trainer import JointTrainer
+from limpq_ext.training.batches import batches_of_epoch
 from limpq_ext.training.calibration import calibrate
 from limpq_ext.training.distributed import broadcast_state, from_main, rank
 from limpq_ext.training.finetune import finetune
-from limpq_ext.training.loop import (
-    Recording,
-    StepDone,
-    batches_of_epoch,
-    make_optimizer,
-    run_epochs,
-)
+from limpq_ext.training.loop import Recording, StepDone, run_epochs
 from limpq_ext.training.metrics import Meter, Record
+from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.values.indicators import Indicators
 from limpq_ext.values.policy import Policy
 
@@ -177,7 +173,7 @@ def train_loader(session: Session, options: TrainingSection, fraction: float = 1
     """The batches of a training.
 
     Raises:
-        ValueError: The training images are too few for the batch size.
+        ValueError: A batch cannot be shared equally by the processes.
     """
     return make_loader(
         session.data.train.part(fraction, session.recipe.data.seed),

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from search_cases import LIMITS, best_policy, problems
 from test_pareto import example
 
+from limpq_ext.allocation.budgets import uniform
 from limpq_ext.allocation.explain import explain
 from limpq_ext.allocation.infeasible import InfeasibleError
-from limpq_ext.allocation.search import search, uniform
+from limpq_ext.allocation.search import search
 
 
 @settings(max_examples=60, deadline=None)

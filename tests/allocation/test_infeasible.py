@@ -21,8 +21,9 @@ from search_cases import (
     within,
 )
 
+from limpq_ext.allocation.budgets import uniform
 from limpq_ext.allocation.infeasible import InfeasibleError
-from limpq_ext.allocation.search import search, uniform
+from limpq_ext.allocation.search import search
 from limpq_ext.values.costs import Costs, LayerCost
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.latency import LatencyEntry, LatencyTable

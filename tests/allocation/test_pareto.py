@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from search_cases import BUDGETS, best_policy, every_policy, latency_tables, problems, uses
 from test_search import PUBLISHED, resnet50_costs
 
+from limpq_ext.allocation.budgets import of_8bit, uniform
 from limpq_ext.allocation.infeasible import InfeasibleError
 from limpq_ext.allocation.pareto import Curve, pareto
-from limpq_ext.allocation.search import of_8bit, search, uniform
+from limpq_ext.allocation.search import search
 from limpq_ext.values.costs import Costs, LayerCost
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.reading import FileFormatError

@@ -27,8 +27,9 @@ from search_cases import (
     within,
 )
 
+from limpq_ext.allocation.budgets import UniformLevel, of_8bit, uniform
 from limpq_ext.allocation.problem import make_problem
-from limpq_ext.allocation.search import UniformLevel, of_8bit, search, uniform
+from limpq_ext.allocation.search import search
 from limpq_ext.values.costs import Costs, LayerCost
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.policy import Policy

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from limpq_ext.allocation.budgets import BUDGETS
+from limpq_ext.allocation.budgets import BUDGETS, of_8bit, uniform
 from limpq_ext.allocation.problem import Question
-from limpq_ext.allocation.search import of_8bit, search, uniform
+from limpq_ext.allocation.search import search
 from limpq_ext.app.recipe import (
     Recipe,
     SearchSection,

@@ -13,7 +13,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from limpq_ext.ilp.program import Link, NoSolutionError, Program, Row, _Task, minimise, nearest
+from limpq_ext.ilp.program import Program, _Task, minimise, nearest
+from limpq_ext.ilp.rows import Link, NoSolutionError, Row
 
 ENGINES = {
     "sweeps": {},

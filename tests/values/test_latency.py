@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import latency_tables, problems
 
-from limpq_ext.allocation.budgets import make_measure
-from limpq_ext.allocation.search import of_8bit, search, uniform
+from limpq_ext.allocation.budgets import make_measure, of_8bit, uniform
+from limpq_ext.allocation.search import search
 from limpq_ext.values.costs import Costs, LayerCost
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.latency import LatencyEntry, LatencyTable

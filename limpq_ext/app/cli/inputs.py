@@ -97,7 +97,7 @@ def count_costs(
     import torch
 
     from limpq_ext.app.models import create_shapes
-    from limpq_ext.values.costs import profile as count
+    from limpq_ext.graph.profile import profile as count
 
     if recipe is not None or model is None:
         if recipe is None:

@@ -79,10 +79,3 @@ def test_what_the_branches_share_can_be_switched_off_in_a_recipe(monkeypatch):
     assert shared["stem"]
     assert shared["dropped_relus"] > 0
     assert plain == {"weight_bank": False, "stem": False, "dropped_relus": 0}
-
-
-def test_an_entry_of_an_enumeration_is_no_file():
-    model = {"name": "resnet18", "weights": "ResNet18_Weights.V9"}
-    session = Session(make_recipe({"model": model}))
-    with pytest.raises(ValueError, match=r"'resnet18' has no weights 'ResNet18_Weights.V9'"):
-        session.given_float()
