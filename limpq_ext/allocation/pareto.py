@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from limpq_ext.allocation.budgets import (
     Asked,
-    Measure,
-    Pair,
     exact_limit,
     find_budget,
     in_exact_words,
     in_short_words,
 )
 from limpq_ext.allocation.infeasible import least_limit, why_infeasible
+from limpq_ext.allocation.measures import Measure, Pair
 from limpq_ext.allocation.problem import Problem, Question, make_problem
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.files import Document, Strict, open_atomically

@@ -28,10 +28,10 @@ from limpq_ext.allocation.budgets import (
     Asked,
     Budget,
     Number,
-    Pair,
     exact_number,
     make_budgets,
 )
+from limpq_ext.allocation.measures import Pair
 from limpq_ext.allocation.restrictions import (
     Limited,
     Restriction,

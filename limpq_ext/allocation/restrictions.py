@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from limpq_ext.allocation.budgets import Pair
+from limpq_ext.allocation.measures import Pair
 from limpq_ext.ilp.rows import Link
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import Costs

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from limpq_ext.allocation.budgets import (
     Asked,
     Number,
-    Pair,
     ShareOf8Bit,
     UniformLevel,
     of_8bit,
     uniform,
 )
 from limpq_ext.allocation.infeasible import InfeasibleError, why_infeasible
+from limpq_ext.allocation.measures import Pair
 from limpq_ext.allocation.problem import make_problem
 from limpq_ext.ilp.rows import NoSolutionError
 from limpq_ext.values.costs import Costs
