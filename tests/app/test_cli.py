@@ -18,6 +18,7 @@ import yaml
 from pictures import write_classes
 
 from limpq_ext import Costs, Curve, Indicators, JointTrainer, LatencyEntry, LatencyTable, Policy
+from limpq_ext.allocation.budgets import BUDGETS
 from limpq_ext.values.costs import LayerCost, LiveTensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -508,6 +509,13 @@ def test_help_of_every_command(limpq, command):
     assert code == 0
     assert "Usage: limpq" in said or "Usage:" in said
     assert "--help" in said
+
+
+@pytest.mark.parametrize("command", ["search", "pareto"])
+def test_every_budget_of_the_table_is_an_option(limpq, command):
+    _, said, _ = limpq(command, "--help")
+    for name in BUDGETS:
+        assert f"  --{name.replace('_', '-')} " in said
 
 
 def small_files():
