@@ -6,8 +6,7 @@
 //
 // A call takes a list of problems, each with sizes, scales and a data type of its own, and runs
 // them as one: the plain and the multi-bit operators pass one problem, a bank one for each layer.
-// They run at the same time: what one writes no other one reads or writes, but for dscale as said
-// at `adds_to_dscale`.
+// They run at the same time: what one writes no other one reads or writes.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +22,6 @@ enum class DataType { float32, float64, float16, bfloat16 };
 
 /// Bits run from 2 to 16, so no quantizer has more than 15 bit-widths.
 constexpr int max_bit_widths = 15;
-
-/// Problems of a short list: a branch for each bit-width and one of random bits.
-constexpr int max_parts = max_bit_widths + 1;
 
 /// What forward and backward share.
 struct Problem {
@@ -65,11 +61,8 @@ struct ForwardProblem : Problem {
 struct BackwardProblem : Problem {
   const void* grad[max_bit_widths];    // gradient of y[k]; null where bit-width k was not used
   double grad_factor[max_bit_widths];  // dscale is multiplied by it once, after the sum
-  void* dx;      // in dtype: the sum over k, added in the compute type in the order of k
-  void* dscale;  // [scale_rows, channels], in the compute type; rows not in scale_row become 0
-  // An earlier problem of the list has the same dscale: this one's sums are added to it, rounded to
-  // the compute type first, in the order of the list.
-  bool adds_to_dscale = false;
+  void* dx;         // in dtype: the sum over k, added in the compute type in the order of k
+  void* dscale;     // [scale_rows, channels], in the compute type; rows not in scale_row become 0
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
 };
 

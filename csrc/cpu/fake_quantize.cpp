@@ -236,7 +236,7 @@ void finish_scale_gradients(const BackwardProblem& p) {
   const int64_t partials = Partition(p).partials();
   const C* scale = static_cast<const C*>(p.scale);
   C* dscale = static_cast<C*>(p.dscale);
-  if (!p.adds_to_dscale) std::fill_n(dscale, p.scale_rows * p.channels, C(0));
+  std::fill_n(dscale, p.scale_rows * p.channels, C(0));
   for (int k = 0; k < p.count; ++k) {
     for (int64_t channel = 0; channel < p.channels; ++channel) {
       const int64_t at = p.scale_row[k] * p.channels + channel;

@@ -52,7 +52,6 @@ struct ScaleGradient {
   SumTree tree;
   int32_t scale_rows;
   int group_channels;
-  bool adds;  // to what an earlier launch left in dscale
 
   template <typename Problem>
   __device__ __forceinline__ void finish(const Problem& of, unsigned group, int item,
@@ -63,8 +62,7 @@ struct ScaleGradient {
     if (channel >= scales.channels) return;
     const int64_t at = width.scale_row * scales.channels + channel;
     const bool is_free = scale_is_free(scales.scale[at], scales.scale_min, scales.scale_max);
-    const C value = is_free ? static_cast<C>(sum * width.grad_factor) : C(0);
-    dscale[at] = adds ? dscale[at] + value : value;
+    dscale[at] = is_free ? static_cast<C>(sum * width.grad_factor) : C(0);
   }
 
   /// Takes the sum of one item over this block.
@@ -134,7 +132,6 @@ struct ScaleGradient {
   /// Rows that no bit-width of this call uses.
   template <typename Problem>
   __device__ __forceinline__ void clear_unused_rows(const Problem& of, unsigned group) const {
-    if (adds) return;
     const int64_t channels = of.problem.scales.channels;
     for (int64_t row = 0; row < scale_rows; ++row) {
       bool used = false;
@@ -233,7 +230,7 @@ template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T, single, Capacity>)
     backward_rows(
         const __grid_constant__ Table<BackwardRows<T>, BackwardWidth<T>, Capacity> table) {
-  const auto picked = table.template pick<std::is_same_v<Capacity, Few>>(blockIdx.x);
+  const auto picked = table.template pick<std::is_same_v<Capacity, Selected>>(blockIdx.x);
   const auto [p, widths, block] = picked;
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
@@ -448,7 +445,6 @@ struct BackwardLayout {
   static constexpr int shared_limit = 48 * 1024;  // what every GPU gives without asking
 
   BackwardProblem problem;  // collapsed, bit-widths without a gradient left out
-  int wave = 0;             // how many others it follows that have the same dscale
   unsigned* counters = nullptr;
   bool columns;
   int pack;  // elements of an access
@@ -478,7 +474,7 @@ struct BackwardLayout {
   }
 
   /// Problems of one kind run in one launch.
-  auto kind() const { return std::tuple(wave, problem.dtype, columns, pack); }
+  auto kind() const { return std::tuple(problem.dtype, columns, pack); }
 
   int64_t items() const { return int64_t(problem.count) * group_channels; }
   int64_t workspace_bytes() const {
@@ -579,7 +575,6 @@ Work describe_backward(const BackwardLayout& layout, Entry& entry) {
   ScaleGradient<C>& scale_gradient = entry.scale_gradient;
   scale_gradient.dscale = static_cast<C*>(problem.dscale);
   scale_gradient.scale_rows = checked_unsigned(problem.scale_rows, "scale rows");
-  scale_gradient.adds = problem.adds_to_dscale;
   scale_gradient.group_channels = layout.group_channels;
   scale_gradient.tree = layout.tree;
   scale_gradient.part_sums = static_cast<double*>(problem.workspace);
@@ -625,6 +620,7 @@ template <typename T, typename Launch>
 void backward(const std::vector<const BackwardLayout*>& layouts, Launch&& launch) {
   constexpr int V = vector_size<T>;
   const bool one = layouts.size() == 1;
+  const bool single = layouts[0]->problem.count == 1;
   if (layouts[0]->columns) {
     if (layouts[0]->pack == 1) {
       if (one) return launch_backward_columns<T, 1, One>(layouts, launch);
@@ -633,16 +629,14 @@ void backward(const std::vector<const BackwardLayout*>& layouts, Launch&& launch
     if (one) return launch_backward_columns<T, V, One>(layouts, launch);
     return launch_backward_columns<T, V, Many>(layouts, launch);
   }
-  if (selected(layouts)) return launch_backward_rows<T, true, Few>(layouts, launch);
-  if (one && all_single(layouts)) return launch_backward_rows<T, true, One>(layouts, launch);
+  if (selected(layouts)) return launch_backward_rows<T, true, Selected>(layouts, launch);
+  if (one && single) return launch_backward_rows<T, true, One>(layouts, launch);
   if (one) return launch_backward_rows<T, false, One>(layouts, launch);
-  if (fit_few(layouts)) return launch_backward_rows<T, true, Few>(layouts, launch);
   return launch_backward_rows<T, false, Many>(layouts, launch);
 }
 
 /// As few launches as possible: `launch(kernel, blocks, threads, bytes of shared memory, table)`.
-/// A problem that adds to a dscale is launched after the one that it follows. Problems of a launch
-/// run at the same time, so each has counters of its own.
+/// Problems of a launch run at the same time, so each has counters of its own.
 template <typename Launch>
 void dispatch_backward(const BackwardProblem* problems, int64_t count, void* counters,
                        Launch&& launch) {
@@ -652,13 +646,6 @@ void dispatch_backward(const BackwardProblem* problems, int64_t count, void* cou
   for (int64_t i = 0; i < count; ++i) {
     if (problems[i].scale_rows * problems[i].channels == 0) continue;  // x has no element either
     BackwardLayout layout = BackwardLayout::of(problems[i]);
-    if (layout.problem.adds_to_dscale) {
-      const auto before =
-          std::find_if(layouts.rbegin(), layouts.rend(), [&](const BackwardLayout& earlier) {
-            return earlier.problem.dscale == layout.problem.dscale;
-          });
-      if (before != layouts.rend()) layout.wave = before->wave + 1;
-    }
     layout.counters = next_counter;
     if (layout.items() > 0) next_counter += layout.tree.counters(layout.groups);
     layouts.push_back(layout);

@@ -5,8 +5,7 @@
 // or with channels that are rows of memory (or all with channels that are columns and of one
 // alignment), as banks are. Otherwise it is one launch for each kind. A launch
 // holds 148 problems of 5 bit-widths each forward and 96 backward, in float64 118 and 82; a longer
-// list takes several. Of n problems that share a dscale each adds to the one
-// before it, which takes n launches; all other problems of the list are in the first.
+// list takes several.
 //
 // Launches are on `stream` of the current device. Nothing synchronises, nothing is allocated or
 // copied to the device (the problems are in the kernels' parameters), and every call can be

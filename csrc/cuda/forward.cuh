@@ -60,7 +60,8 @@ struct ForwardRows {
 template <typename T, bool single, typename Capacity>
 __global__ void __launch_bounds__(forward_rows_block, forward_rows_residents<T, single, Capacity>)
     forward_rows(const __grid_constant__ Table<ForwardRows<T>, ForwardWidth<T>, Capacity> table) {
-  const auto [p, widths, block] = table.template pick<std::is_same_v<Capacity, Few>>(blockIdx.x);
+  const auto [p, widths, block] =
+      table.template pick<std::is_same_v<Capacity, Selected>>(blockIdx.x);
   using C = ComputeType<T>;
   constexpr int V = vector_size<T>;
   constexpr int packs_per_thread = forward_packs<T, single>;
@@ -245,7 +246,7 @@ void launch_forward_columns(const std::vector<const ForwardLayout*>& layouts, La
 template <typename T, typename Launch>
 void forward(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) {
   constexpr int V = vector_size<T>;
-  const bool single = all_single(layouts);
+  const bool single = layouts[0]->problem.count == 1;
   const bool one = layouts.size() == 1;
   if (layouts[0]->columns) {
     if (layouts[0]->pack == 1) {
@@ -256,10 +257,9 @@ void forward(const std::vector<const ForwardLayout*>& layouts, Launch&& launch) 
     if (single) return launch_forward_columns<T, V, true, One>(layouts, launch);
     return launch_forward_columns<T, V, false, One>(layouts, launch);
   }
-  if (selected(layouts)) return launch_forward_rows<T, true, Few>(layouts, launch);
+  if (selected(layouts)) return launch_forward_rows<T, true, Selected>(layouts, launch);
   if (one && single) return launch_forward_rows<T, true, One>(layouts, launch);
   if (one) return launch_forward_rows<T, false, One>(layouts, launch);
-  if (fit_few(layouts)) return launch_forward_rows<T, true, Few>(layouts, launch);
   return launch_forward_rows<T, false, Many>(layouts, launch);
 }
 

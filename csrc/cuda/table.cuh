@@ -26,21 +26,15 @@ constexpr int usual_bit_widths = 5;
 #endif
 
 // How much a table holds. CUDA copies all of it at each launch, however much is filled, so there
-// are three: for the plain and the multi-bit operators, whose kernels then need no search either;
-// for a short list; and for a bank.
+// is a small one for the plain and the multi-bit operators, whose kernels then need no search
+// either, and a large one for a bank.
 struct One {
   template <typename Entry, typename Width>
   static constexpr int entries = 1;
   template <typename Entry, typename Width>
   static constexpr int widths = max_bit_widths;
 };
-constexpr int most_few = std::min(max_parts, LIMPQ_LONGEST_TABLE);
-struct Few {  // of one bit-width each, or a single one whose bit-width a tensor selects
-  template <typename Entry, typename Width>
-  static constexpr int entries = most_few;
-  template <typename Entry, typename Width>
-  static constexpr int widths = std::max(most_few, max_bit_widths);  // candidates to select from
-};
+struct Selected : One {};  // for the kernel for rows where a tensor selects the bit-width
 struct Many {
   template <typename Entry, typename Width>
   static constexpr int entries =
@@ -67,8 +61,7 @@ struct Table {
   using Width = WidthType;
   static constexpr int most_entries = Capacity::template entries<Entry, Width>;
   static constexpr int most_widths = Capacity::template widths<Entry, Width>;
-  static_assert(most_widths >= max_bit_widths || most_widths == most_entries,
-                "a problem may have all bit-widths");
+  static_assert(most_widths >= max_bit_widths, "a problem may have all bit-widths");
 
   int size;
   unsigned first_block[most_entries];
@@ -164,22 +157,10 @@ void for_each_kind(const std::vector<Layout>& list, Run&& run) {
   }
 }
 
-/// Whether the kernel without a loop over bit-widths can run all of them.
-template <typename Layout>
-bool all_single(const std::vector<const Layout*>& layouts) {
-  return std::all_of(layouts.begin(), layouts.end(),
-                     [](const Layout* layout) { return layout->problem.count == 1; });
-}
-
 /// Whether a tensor selects the bit-width; such a problem stands alone.
 template <typename Layout>
 bool selected(const std::vector<const Layout*>& layouts) {
   return layouts[0]->problem.selected != nullptr;
-}
-
-template <typename Layout>
-bool fit_few(const std::vector<const Layout*>& layouts) {
-  return all_single(layouts) && int64_t(layouts.size()) <= most_few;
 }
 
 }  // namespace limpq::cuda

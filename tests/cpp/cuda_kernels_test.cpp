@@ -160,8 +160,7 @@ class Trial {
     return call;
   }
 
-  /// `dscale` where it is not of this problem alone.
-  Backward backward(C* shared_dscale = nullptr, bool adds_to_dscale = false) {
+  Backward backward() {
     BackwardProblem problem{};
     static_cast<Problem&>(problem) = problem_;
     for (int k = 0; k < case_.count; ++k) {
@@ -171,8 +170,7 @@ class Trial {
     Backward call{problem, Buffer<T>(size_, case_.y_offset), Buffer<C>(scale_.size()),
                   Buffer<double>(BackwardLayout::workspace_bytes(problem) / 8)};
     call.problem.dx = call.dx.data();
-    call.problem.dscale = shared_dscale ? shared_dscale : call.dscale.data();
-    call.problem.adds_to_dscale = adds_to_dscale;
+    call.problem.dscale = call.dscale.data();
     call.problem.workspace = call.workspace.data();
     return call;
   }
@@ -197,8 +195,6 @@ class Trial {
     compare_dx(call.dx);
     compare_dscale(call.dscale);
   }
-
-  int64_t scale_size() const { return scale_.size(); }
 
  private:
   void fill_in(Problem& problem) {
@@ -463,12 +459,6 @@ class Kernels : public ::testing::Test {
     problem.count = 1;
   }
 
-  static std::vector<Trial<T>> trials_of(const std::vector<Case>& cases) {
-    std::vector<Trial<T>> trials;
-    for (const Case& c : cases) trials.emplace_back(c);
-    return trials;
-  }
-
   struct Launches {
     int forward = 1;
     int backward = 1;
@@ -477,7 +467,7 @@ class Kernels : public ::testing::Test {
   /// A list as one call: against lsq.h, against calls with one problem each, and again with the
   /// blocks in another order.
   static void check_list(const std::vector<Case>& cases, Launches expected = {}) {
-    std::vector<Trial<T>> trials = trials_of(cases);
+    std::vector<Trial<T>> trials(cases.begin(), cases.end());
     std::vector<typename Trial<T>::Forward> y;
     std::vector<typename Trial<T>::Backward> once, again, alone;
     for (Trial<T>& trial : trials) {
@@ -502,10 +492,10 @@ class Kernels : public ::testing::Test {
     }
   }
 
-  /// Parts of one tensor: each begins where the one before it ends.
-  static std::vector<Case> parts(int number, Case part) {
-    std::vector<Case> cases(number, part);
-    const int64_t size = part.outer * part.channels * part.inner;
+  /// Slices of one tensor: each begins where the one before it ends.
+  static std::vector<Case> slices(int number, Case slice) {
+    std::vector<Case> cases(number, slice);
+    const int64_t size = slice.outer * slice.channels * slice.inner;
     for (int i = 0; i < number; ++i) {
       cases[i].x_offset = cases[i].y_offset = int(i * size % vector_size<T>);
     }
@@ -635,7 +625,7 @@ TYPED_TEST(Kernels, AReluInFrontOfTheQuantizer) {
 
 TYPED_TEST(Kernels, AReluInSomeProblemsOfAList) {
   const int64_t vectors = 2 * vector_size<TypeParam>;
-  this->check_list(this->parts(3, {.inner = 1023, .relu_max = 6.0}));
+  this->check_list(this->slices(3, {.inner = 1023, .relu_max = 6.0}));
   this->check_list({{.inner = 1023, .count = 5, .relu_max = 1.5},
                     {.channels = 9, .inner = 31, .count = 5},
                     {.inner = 255, .relu_max = std::numeric_limits<double>::infinity()}});
@@ -653,25 +643,14 @@ TYPED_TEST(Kernels, ScalesAtAndBeyondTheGuard) {
   this->check({.inner = 255, .count = 12, .values = Values::special, .odd_scales = true});
 }
 
-TYPED_TEST(Kernels, PartsOfOneTensor) {
+TYPED_TEST(Kernels, BanksOfOneBitWidth) {
   for (const int64_t size : {0, 1, 3, 31, 255, 1023, 4099}) {
     const int launches = size == 0 ? 0 : 1;
-    this->check_list(this->parts(3, {.inner = size}), {.forward = launches});
+    this->check_list(this->slices(3, {.inner = size}), {.forward = launches});
   }
-  this->check_list(this->parts(1, {.inner = 1023}));
-}
-
-TYPED_TEST(Kernels, ManyPartsOfOneTensor) {
-  const int launches = most_few < 6 ? 2 : 1;
-  for (const int64_t size : {1, 3, 31, 255, 1023}) {
-    this->check_list(this->parts(6, {.inner = size}), {launches, launches});
-  }
-}
-
-TYPED_TEST(Kernels, PartsWithChannels) {
-  this->check_list(this->parts(3, {.outer = 2, .channels = 3, .inner = 31}));
-  this->check_list(this->parts(3, {.outer = 31, .channels = 24}));
-  this->check_list(this->parts(3, {.outer = 31, .channels = 8 * vector_size<TypeParam>}));
+  this->check_list(this->slices(3, {.outer = 2, .channels = 3, .inner = 31}));
+  this->check_list(this->slices(3, {.outer = 31, .channels = 24}));
+  this->check_list(this->slices(3, {.outer = 31, .channels = 8 * vector_size<TypeParam>}));
 }
 
 TYPED_TEST(Kernels, Banks) {
@@ -719,60 +698,6 @@ TYPED_TEST(Kernels, ListsLongerThanATable) {
 
 TYPED_TEST(Kernels, AnEmptyList) {
   this->check_list({}, {0, 0});
-}
-
-TYPED_TEST(Kernels, ProblemsThatShareADscaleAddToItInOrder) {
-  using C = ComputeType<TypeParam>;
-  // One after the other the numbers tell which dscale: 0 alone, 1 three times, 2 twice.
-  const int dscale_of[] = {1, 0, 1, 2, 1, 2};
-  const int64_t sizes[] = {4099, 31, 1023, 255, 3, 1023};
-  std::vector<Case> cases;
-  for (const int64_t size : sizes) cases.push_back({.inner = size});
-  std::vector<Trial<TypeParam>> trials = this->trials_of(cases);
-
-  const auto call = [&](auto&& run_list) {
-    std::vector<Buffer<C>> dscales;
-    for (int i = 0; i < 3; ++i) dscales.emplace_back(trials[0].scale_size());
-    std::vector<typename Trial<TypeParam>::Backward> calls;
-    bool used[3] = {};
-    for (int i = 0; i < 6; ++i) {
-      const int to = dscale_of[i];
-      calls.push_back(trials[i].backward(dscales[to].data(), used[to]));
-      used[to] = true;
-    }
-    run_list(problems_of(calls));
-    return dscales;
-  };
-
-  int launches = 0;
-  const auto in_one_call = [&](BlockOrder order) {
-    return call([&](const std::vector<BackwardProblem>& problems) {
-      launches = Counters(problems).run(problems, order);
-    });
-  };
-  auto ascending = in_one_call(BlockOrder::ascending);
-  auto descending = in_one_call(BlockOrder::descending);
-  EXPECT_EQ(launches, 3);
-  auto one_by_one = call([&](const std::vector<BackwardProblem>& problems) {
-    for (const BackwardProblem& problem : problems) Counters({problem}).run({problem});
-  });
-
-  std::vector<typename Trial<TypeParam>::Backward> alone;
-  for (Trial<TypeParam>& trial : trials) {
-    alone.push_back(trial.backward());
-    Counters({alone.back().problem}).run({alone.back().problem});
-  }
-  for (int to = 0; to < 3; ++to) {
-    EXPECT_TRUE(ascending[to].same_bits(one_by_one[to]));
-    EXPECT_TRUE(ascending[to].same_bits(descending[to]));
-    for (int64_t at = 0; at < ascending[to].size(); ++at) {
-      C expected = 0;
-      for (int i = 0; i < 6; ++i) {
-        if (dscale_of[i] == to) expected += alone[i].dscale[at];
-      }
-      EXPECT_EQ(ascending[to][at], expected);
-    }
-  }
 }
 
 TEST(Lists, ProblemsOfSeveralDataTypesAreALaunchForEach) {
