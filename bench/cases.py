@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from limpq_ext.kernels.bank import WeightBank
 from limpq_ext.kernels.ops import SCALE_MIN, lsq_fake_quantize, lsq_grad_factor, thresholds
 from limpq_ext.nn.layers import quantize_layer
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import weight_start_scale
 
-from . import bank, peers
+from . import peers
 from .peers import Thresholds
 from .report import FLOOR, OURS
 from .timing import Contender
@@ -380,13 +381,12 @@ def _resnet_cases(device: str) -> Iterator[Case]:
         f"{label}, one call per layer float32 forward+backward",
         lambda: _build_resnet(device, with_bank=False),
     )
-    if bank.AVAILABLE:
-        yield Case(
-            f"{label}, weight bank float32 forward+backward",
-            lambda: _build_resnet(device, with_bank=True),
-            {"call each": 1.5, "eager": 10} if device == "cpu" else {"eager": 20},
-            quick=True,
-        )
+    yield Case(
+        f"{label}, weight bank float32 forward+backward",
+        lambda: _build_resnet(device, with_bank=True),
+        {"call each": 1.5, "eager": 10} if device == "cpu" else {"eager": 20},
+        quick=True,
+    )
 
 
 def _build_resnet(device: str, *, with_bank: bool) -> Workload:
@@ -395,9 +395,9 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
     "call each" is a call per layer and bit-width, whose gradients autograd adds up.
     """
     model = _ResNet18Weights().to(device)
-    layers = list(quantized_layers(model).values())
-    weights = [layer.weight for layer in layers]
-    scales = [layer.weight_quantizer.scale for layer in layers]
+    layers = quantized_layers(model)
+    weights = [layer.weight for layer in layers.values()]
+    scales = [layer.weight_quantizer.scale for layer in layers.values()]
     grads = [[torch.randn_like(weight) for _ in BITS] for weight in weights]
     flat_grads = [grad for of_layer in grads for grad in of_layer]
     stacked_grads = [torch.stack(of_layer) for of_layer in grads]
@@ -440,20 +440,28 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
         ]
         return torch.autograd.grad(ys, weights + flat_scales, flat_grads)
 
+    bank = WeightBank(layers)
+
+    def through_bank(_: object) -> None:
+        for parameter in (*weights, *scales):
+            parameter.grad = None
+        bank.quantize()
+        for name, of_layer in zip(layers, grads, strict=True):
+            for bits, grad in zip(BITS, of_layer, strict=True):
+                bank.weight(name, bits).grad = grad  # as backward leaves it
+        bank.backward()
+
     count = len(weights)
     by_layer = call_per_layer(None)
     calls = {"a call per layer": by_layer, "a call each": call_each(None)}
     eager_dx = eager(None)[:count]
     if with_bank:
-        round_trip = bank.BankRoundTrip(model, BITS)
-        round_trip.run(grads)
+        through_bank(None)
         calls["the bank"] = [*(w.grad for w in weights), *(s.grad for s in scales)]
-        for weight, scale, hows, ys in zip(
-            weights, scales, quantizers, round_trip.quantized(), strict=True
-        ):
-            for k, y in enumerate(ys):
+        for name, weight, scale, hows in zip(layers, weights, scales, quantizers, strict=True):
+            for k, bits in enumerate(BITS):
                 expected = peers.plain_chain(weight, scale[k], torch.ones_like(weight), hows[k])
-                assert torch.equal(y, expected.y), "the bank's weights differ"
+                assert torch.equal(bank.weight(name, bits), expected.y), "the bank's weights differ"
         model.zero_grad()
     for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         expected = [
@@ -467,11 +475,6 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
                 assert error <= 1e-5 * float(e.terms), f"dscale of {name} differs"
         differ = (eager_dx[i] - dx).abs() > 1e-5
         assert float(differ.float().mean()) <= 5e-3, "dx of the eager chain differs"
-
-    def through_bank(_: object) -> None:
-        for parameter in (*weights, *scales):
-            parameter.grad = None
-        round_trip.run(grads)
 
     contenders = {OURS: Contender(through_bank if with_bank else call_per_layer)}
     if with_bank:
