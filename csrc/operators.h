@@ -407,7 +407,9 @@ struct Operators {
     ForwardProblem problem;
     describe(problem, x_dense, compute_scale, how);
     char* output = static_cast<char*>(y.mutable_data_ptr());
-    const int64_t bytes = x_dense.numel() * int64_t(x_dense.element_size());
+    // Where a tensor selects, all candidates have the one output.
+    const int64_t bytes =
+        selected == nullptr ? x_dense.numel() * int64_t(x_dense.element_size()) : 0;
     for (int k = 0; k < problem.count; ++k) problem.y[k] = output + k * bytes;
     select(problem, selected);
     Device::run_forward(&problem, 1, x_dense);

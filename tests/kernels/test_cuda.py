@@ -10,12 +10,16 @@ from test_bank import every, parameters, quantized_alone, small_layers
 from test_ops import DTYPES, assert_same_bits, chain, compute_dtype
 
 from limpq_ext import ActivationQuantizer, WeightBank, lsq_fake_quantize, lsq_fake_quantize_multi
+from limpq_ext.kernels.ops import fake_quantize_selected
 
 pytestmark = pytest.mark.cuda
 
 LOWS, HIGHS = (-2, -8, 0), (1, 7, 255)
 FUNCTIONS = {
     "single": lambda x, scales, axis: lsq_fake_quantize(x, scales[1], -8, 7, channel_axis=axis),
+    "selected": lambda x, scales, axis: fake_quantize_selected(
+        x, scales, x.new_ones((), dtype=torch.int64), (LOWS, HIGHS, axis, None, 1e-5, math.inf)
+    ),
     "multi": lambda x, scales, axis: lsq_fake_quantize_multi(
         x, scales, LOWS, HIGHS, channel_axis=axis
     ),
