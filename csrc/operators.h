@@ -156,7 +156,7 @@ struct Quantization {
   List<int64_t> scale_rows;
   List<int64_t> quant_mins;
   List<int64_t> quant_maxs;
-  List<double> grad_factors;  // none: LSQ's own, 1 / sqrt(N * quant_max)
+  std::optional<List<double>> grad_factors;  // none: LSQ's own, 1 / sqrt(N * quant_max)
   std::optional<int64_t> channel_axis;
   double scale_min;
   double scale_max;
@@ -251,7 +251,7 @@ inline void check_arguments(const Tensor& x, const Tensor& scale, const Quantiza
   };
   check_length("quant_mins", how.quant_mins.size());
   check_length("quant_maxs", how.quant_maxs.size());
-  if (!how.grad_factors.empty()) check_length("grad_factors", how.grad_factors.size());
+  if (how.grad_factors) check_length("grad_factors", how.grad_factors->size());
   int64_t channels = 1;
   if (how.channel_axis) {
     channels = x.size(channel_axis_of(x, *how.channel_axis));
@@ -355,9 +355,9 @@ inline void describe(Problem& problem, const Tensor& x, const Tensor& scale,
 inline void set_grad_factors(BackwardProblem& problem, const Tensor& x, const Quantization& how) {
   for (int64_t k = 0; k < how.count(); ++k) {
     problem.grad_factor[k] =
-        how.grad_factors.empty()
-            ? std::pow(double(shared_elements(x, how)) * double(how.quant_maxs[k]), -0.5)
-            : how.grad_factors[k];
+        how.grad_factors
+            ? (*how.grad_factors)[k]
+            : std::pow(double(shared_elements(x, how)) * double(how.quant_maxs[k]), -0.5);
   }
 }
 
@@ -390,7 +390,7 @@ void with_workspaces(BackwardProblem* problems, int64_t count, const Tensor& lik
 /// backward_workspace_bytes(problem) and uses_host_memory: whether the host may read tensors.
 template <typename Device>
 struct Operators {
-  // --- one problem
+  // --- one problem, whose arguments are checked
 
   /// Where a tensor on a GPU selects the bit-width: only one of the candidates is used.
   static void select(Problem& problem, const int64_t* selected) {
@@ -399,7 +399,8 @@ struct Operators {
     problem.count = 1;
   }
 
-  /// Quantizes x into y, where each bit-width has memory that is laid out as x_dense is.
+  /// Quantizes x into y, where each bit-width has memory that is laid out as x_dense is. Where a
+  /// tensor selects, all candidates have the one output.
   static void forward_into(const Tensor& y, const Tensor& x_dense, const Tensor& scale,
                            const Quantization& how, const int64_t* selected = nullptr) {
     if (x_dense.numel() == 0) return;
@@ -407,7 +408,6 @@ struct Operators {
     ForwardProblem problem;
     describe(problem, x_dense, compute_scale, how);
     char* output = static_cast<char*>(y.mutable_data_ptr());
-    // Where a tensor selects, all candidates have the one output.
     const int64_t bytes =
         selected == nullptr ? x_dense.numel() * int64_t(x_dense.element_size()) : 0;
     for (int k = 0; k < problem.count; ++k) problem.y[k] = output + k * bytes;
@@ -415,10 +415,22 @@ struct Operators {
     Device::run_forward(&problem, 1, x_dense);
   }
 
-  /// dx and dscale. `grads` has a gradient for each bit-width that is used, laid out as x_dense.
-  static std::tuple<Tensor, Tensor> backward_of(List<const void*> grads, const Tensor& x_dense,
+  static Tensor forward_of(const Tensor& x, const Tensor& scale, const Quantization& how,
+                           const int64_t* selected = nullptr) {
+    const Tensor x_dense = as_dense(x);
+    const Tensor y = empty_as(x_dense);
+    forward_into(y, x_dense, scale, how, selected);
+    return y;
+  }
+
+  /// dx and dscale. `grads` are those of the bit-widths. Where a tensor selects, all candidates
+  /// have the one gradient.
+  static std::tuple<Tensor, Tensor> backward_of(List<Tensor> grads, const Tensor& x,
                                                 const Tensor& scale, const Quantization& how,
                                                 const int64_t* selected = nullptr) {
+    const Tensor x_dense = as_dense(x);
+    std::vector<Tensor> dense_grads;
+    for (const Tensor& grad : grads) dense_grads.push_back(gradient_for(x_dense, grad));
     const Tensor compute_scale = compute_scale_of(scale, x_dense);
     const Tensor dx = empty_as(x_dense);
     const Tensor dscale = empty_as(compute_scale);
@@ -429,8 +441,9 @@ struct Operators {
     BackwardProblem problem;
     describe(problem, x_dense, compute_scale, how);
     set_grad_factors(problem, x_dense, how);
-    // Where a tensor selects, all candidates have the one gradient.
-    for (int k = 0; k < problem.count; ++k) problem.grad[k] = grads[selected == nullptr ? k : 0];
+    for (int k = 0; k < problem.count; ++k) {
+      problem.grad[k] = dense_grads[selected == nullptr ? k : 0].const_data_ptr();
+    }
     select(problem, selected);
     problem.dx = dx.mutable_data_ptr();
     problem.dscale = dscale.mutable_data_ptr();
@@ -443,19 +456,17 @@ struct Operators {
                             [&] { Device::run_backward(problems, count, like); });
   }
 
+  // --- one bit-width
+
   static Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row,
                               int64_t quant_min, int64_t quant_max,
                               std::optional<int64_t> channel_axis,
-                              std::optional<double> grad_factor, double scale_min, double scale_max,
-                              std::optional<double> relu_max) {
-    (void)grad_factor;
-    const Quantization how = {scale_row,    quant_min, quant_max, {},
+                              std::optional<double> /* grad_factor */, double scale_min,
+                              double scale_max, std::optional<double> relu_max) {
+    const Quantization how = {scale_row,    quant_min, quant_max, std::nullopt,
                               channel_axis, scale_min, scale_max, relu_max};
     check_arguments(x, scale, how);
-    const Tensor x_dense = as_dense(x);
-    const Tensor y = empty_as(x_dense);
-    forward_into(y, x_dense, scale, how);
-    return y;
+    return forward_of(x, scale, how);
   }
 
   static std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
@@ -465,26 +476,23 @@ struct Operators {
                                                            std::optional<double> grad_factor,
                                                            double scale_min, double scale_max,
                                                            std::optional<double> relu_max) {
-    const double factor = grad_factor.value_or(0);
-    Quantization how = {scale_row,    quant_min, quant_max, {},
-                        channel_axis, scale_min, scale_max, relu_max};
-    if (grad_factor) how.grad_factors = factor;
+    const Quantization how = {scale_row,    quant_min, quant_max, grad_factor,
+                              channel_axis, scale_min, scale_max, relu_max};
     check_arguments(x, scale, how);
-    const Tensor x_dense = as_dense(x);
-    const Tensor dense_grad = gradient_for(x_dense, grad);
-    const void* data = dense_grad.const_data_ptr();
-    return backward_of(data, x_dense, scale, how);
+    return backward_of(grad, x, scale, how);
   }
 
   // --- many bit-widths
 
-  static Tensor fake_quantize_multi(
-      const Tensor& x, const Tensor& scale, const std::vector<int64_t>& scale_rows,
-      const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
-      std::optional<int64_t> channel_axis, const std::optional<std::vector<double>>& grad_factors,
-      double scale_min, double scale_max, std::optional<double> relu_max) {
-    (void)grad_factors;
-    const Quantization how = {scale_rows,   quant_mins, quant_maxs, {},
+  static Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale,
+                                    const std::vector<int64_t>& scale_rows,
+                                    const std::vector<int64_t>& quant_mins,
+                                    const std::vector<int64_t>& quant_maxs,
+                                    std::optional<int64_t> channel_axis,
+                                    const std::optional<std::vector<double>>& /* grad_factors */,
+                                    double scale_min, double scale_max,
+                                    std::optional<double> relu_max) {
+    const Quantization how = {scale_rows,   quant_mins, quant_maxs, std::nullopt,
                               channel_axis, scale_min,  scale_max,  relu_max};
     check_arguments(x, scale, how);
     const Tensor x_dense = as_dense(x);
@@ -504,45 +512,25 @@ struct Operators {
       const std::vector<int64_t>& quant_maxs, std::optional<int64_t> channel_axis,
       const std::optional<std::vector<double>>& grad_factors, double scale_min, double scale_max,
       std::optional<double> relu_max) {
-    Quantization how = {scale_rows,   quant_mins, quant_maxs, {},
-                        channel_axis, scale_min,  scale_max,  relu_max};
-    if (grad_factors) {
-      LIMPQ_CHECK("ValueError", grad_factors->size() == scale_rows.size(),
-                  "fake_quantize: grad_factors has ", grad_factors->size(), " entries for ",
-                  scale_rows.size(), " bit-widths");
-      how.grad_factors = *grad_factors;
-    }
+    const Quantization how = {scale_rows,   quant_mins, quant_maxs, grad_factors,
+                              channel_axis, scale_min,  scale_max,  relu_max};
     check_arguments(x, scale, how);
     LIMPQ_CHECK("ValueError", grad.dim() == x.dim() + 1 && grad.size(0) == how.count(),
                 "fake_quantize_multi_backward: gradient has shape ", shape_of(grad), " for ",
                 how.count(), " bit-widths of ", shape_of(x));
-    const Tensor x_dense = as_dense(x);
     std::vector<Tensor> slices;
-    std::vector<const void*> data;
     for (int64_t k = 0; k < how.count(); ++k) {
-      slices.push_back(gradient_for(x_dense, torch::stable::select(grad, 0, k)));
-      data.push_back(slices.back().const_data_ptr());
+      slices.push_back(torch::stable::select(grad, 0, k));
     }
-    return backward_of(data, x_dense, scale, how);
+    return backward_of(slices, x, scale, how);
   }
 
   // --- a bit-width that a tensor names
 
-  /// The candidates, or where the host may read it, the selected one of them.
-  static Quantization candidates(const Tensor& x, const Tensor& scale, const Tensor& selected,
-                                 List<int64_t> quant_mins, List<int64_t> quant_maxs,
-                                 std::optional<int64_t> channel_axis, List<double> grad_factors,
-                                 double scale_min, double scale_max,
-                                 std::optional<double> relu_max) {
-    const Quantization all = {first_rows(quant_mins.size()),
-                              quant_mins,
-                              quant_maxs,
-                              grad_factors,
-                              channel_axis,
-                              scale_min,
-                              scale_max,
-                              relu_max};
-    check_arguments(x, scale, all);
+  /// Checks the candidates; leaves only the selected one where the host may read which it is.
+  static void check_selection(const Tensor& x, const Tensor& scale, const Tensor& selected,
+                              Quantization& how) {
+    check_arguments(x, scale, how);
     LIMPQ_CHECK("TypeError", selected.scalar_type() == ScalarType::Long,
                 "fake_quantize_selected: selected has dtype ",
                 torch::headeronly::toString(selected.scalar_type()), ", expected int64");
@@ -551,16 +539,14 @@ struct Operators {
     LIMPQ_CHECK("ValueError", selected.device() == x.device(),
                 "fake_quantize_selected: selected and x are on different devices");
     check_storage("fake_quantize_selected: selected", selected);
-    if (!Device::uses_host_memory) return all;
+    if (!Device::uses_host_memory) return;
     const int64_t k = *static_cast<const int64_t*>(selected.const_data_ptr());
-    LIMPQ_CHECK("IndexError", k >= 0 && k < all.count(), "fake_quantize_selected: selected is ", k,
-                ", expected 0 to ", all.count() - 1);
-    Quantization one = all;
-    one.scale_rows = all.scale_rows.slice(k, 1);
-    one.quant_mins = all.quant_mins.slice(k, 1);
-    one.quant_maxs = all.quant_maxs.slice(k, 1);
-    if (!all.grad_factors.empty()) one.grad_factors = all.grad_factors.slice(k, 1);
-    return one;
+    LIMPQ_CHECK("IndexError", k >= 0 && k < how.count(), "fake_quantize_selected: selected is ", k,
+                ", expected 0 to ", how.count() - 1);
+    how.scale_rows = how.scale_rows.slice(k, 1);
+    how.quant_mins = how.quant_mins.slice(k, 1);
+    how.quant_maxs = how.quant_maxs.slice(k, 1);
+    if (how.grad_factors) how.grad_factors = how.grad_factors->slice(k, 1);
   }
 
   static const int64_t* on_device(const Tensor& selected) {
@@ -572,16 +558,19 @@ struct Operators {
                                        const std::vector<int64_t>& quant_mins,
                                        const std::vector<int64_t>& quant_maxs,
                                        std::optional<int64_t> channel_axis,
-                                       const std::optional<std::vector<double>>& grad_factors,
+                                       const std::optional<std::vector<double>>& /* grad_factors */,
                                        double scale_min, double scale_max,
                                        std::optional<double> relu_max) {
-    (void)grad_factors;
-    const Quantization how = candidates(x, scale, selected, quant_mins, quant_maxs, channel_axis,
-                                        {}, scale_min, scale_max, relu_max);
-    const Tensor x_dense = as_dense(x);
-    const Tensor y = empty_as(x_dense);
-    forward_into(y, x_dense, scale, how, on_device(selected));
-    return y;
+    Quantization how = {first_rows(quant_mins.size()),
+                        quant_mins,
+                        quant_maxs,
+                        std::nullopt,
+                        channel_axis,
+                        scale_min,
+                        scale_max,
+                        relu_max};
+    check_selection(x, scale, selected, how);
+    return forward_of(x, scale, how, on_device(selected));
   }
 
   static std::tuple<Tensor, Tensor> fake_quantize_selected_backward(
@@ -589,13 +578,16 @@ struct Operators {
       const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
       std::optional<int64_t> channel_axis, const std::optional<std::vector<double>>& grad_factors,
       double scale_min, double scale_max, std::optional<double> relu_max) {
-    const List<double> factors = grad_factors ? List<double>(*grad_factors) : List<double>();
-    const Quantization how = candidates(x, scale, selected, quant_mins, quant_maxs, channel_axis,
-                                        factors, scale_min, scale_max, relu_max);
-    const Tensor x_dense = as_dense(x);
-    const Tensor dense_grad = gradient_for(x_dense, grad);
-    const void* data = dense_grad.const_data_ptr();
-    return backward_of(data, x_dense, scale, how, on_device(selected));
+    Quantization how = {first_rows(quant_mins.size()),
+                        quant_mins,
+                        quant_maxs,
+                        grad_factors,
+                        channel_axis,
+                        scale_min,
+                        scale_max,
+                        relu_max};
+    check_selection(x, scale, selected, how);
+    return backward_of(grad, x, scale, how, on_device(selected));
   }
 
   // --- the weight bank: all layers at all their bit-widths in one call
@@ -638,7 +630,7 @@ struct Operators {
       Quantization how = {first_rows(size_t(counts[i])),
                           part(quant_mins),
                           part(quant_maxs),
-                          {},
+                          std::nullopt,
                           std::nullopt,
                           scale_mins[i],
                           scale_maxs[i]};
