@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(shape.name, file=sys.stderr)
             results.append(joint_step.measure_steps(shape, device=options.device))
     searches = search.cases() if options.device == "cpu" and not options.quick else []
-    peers = {search.CBC: search.PEERS[search.CBC]}
+    peers = search.installed({search.CBC: search.PEERS[search.CBC]}) if searches else {}
     for case in searches:
         if options.only in case.name:
             print(case.name, file=sys.stderr)

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -208,6 +209,9 @@ class Answer:
     proof: str
     bound: float = -math.inf
 
+
+PROOFS = {"optimal": "integers", "tolerance": "floats", "gap": "gap", "time": ""}
+"""What limpq_ext's own answers are proven in, by what stopped it."""
 
 Solve = Callable[[Values, list[Row], float, float], Answer]
 """Values, rows, gap and seconds: the choices with the smallest sum within the limits."""
@@ -467,8 +471,7 @@ def measure_search(
             limits = [row.limit for row in point]
             solution = program.solve(limits, gap=case.gap, deadline=math.inf, start=chosen)
             chosen = solution.chosen
-            proof = {"optimal": "integers", "gap": "gap"}.get(solution.stopped_by, "")
-            answers.append(Answer(chosen, proof, solution.bound))
+            answers.append(Answer(chosen, PROOFS[solution.stopped_by], solution.bound))
         return answers
 
     def theirs(peer: Peer, _: object) -> list[Answer]:
@@ -507,12 +510,20 @@ def measure_search(
         name: Judged(
             result.medians.get(name, took[name]),
             result.ratios.get(name, once[name]),
-            given[-1].proof if name in finished else f"not finished: {len(given)} of {len(points)}",
+            _proofs(given) if name in finished else f"not finished: {len(given)} of {len(points)}",
             above[name],
         )
         for name, given in answers.items()
     }
     return result, judged
+
+
+def _proofs(given: Sequence[Answer]) -> str:
+    """What the answers of a curve are proven in; how many where they differ."""
+    counts = Counter(answer.proof for answer in given)
+    if len(counts) == 1:
+        return given[0].proof
+    return ", ".join(f"{count} {proof}" for proof, count in counts.most_common())
 
 
 def _above(

@@ -168,3 +168,9 @@ def test_the_budgets_of_the_networks_can_be_kept_and_bind(name):
     for row in rows:
         assert row.smallest < row.limit < sum(map(max, row.costs))
     assert Program(values, rows).solve(gap=0.0, deadline=math.inf).stopped_by == "optimal"
+
+
+def test_the_proofs_of_a_curve_are_counted_where_they_differ():
+    exact, near = Answer((0,), "integers"), Answer((0,), "floats")
+    assert search._proofs([exact, exact]) == "integers"
+    assert search._proofs([exact, near, exact]) == "2 integers, 1 floats"
