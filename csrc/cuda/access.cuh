@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../fake_quantize.h"
 #include "division.cuh"
 
 namespace limpq::cuda {
@@ -25,6 +26,21 @@ struct Compute<double> {
 };
 template <typename T>
 using ComputeType = typename Compute<T>::Type;
+
+/// Calls visit(T()) with the type that stores one element.
+template <typename Visit>
+void with_type(DataType dtype, Visit&& visit) {
+  switch (dtype) {
+    case DataType::float32:
+      return visit(float());
+    case DataType::float64:
+      return visit(double());
+    case DataType::float16:
+      return visit(__half());
+    case DataType::bfloat16:
+      return visit(__nv_bfloat16());
+  }
+}
 
 __device__ __forceinline__ float widen(float value) {
   return value;

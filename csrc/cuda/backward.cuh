@@ -650,17 +650,8 @@ void dispatch_backward(const BackwardProblem* problems, int64_t count, void* cou
     if (layout.items() > 0) next_counter += layout.tree.counters(layout.groups);
     layouts.push_back(layout);
   }
-  for_each_kind(layouts, [&](const std::vector<const BackwardLayout*>& alike) {
-    switch (alike[0]->problem.dtype) {
-      case DataType::float32:
-        return backward<float>(alike, launch);
-      case DataType::float64:
-        return backward<double>(alike, launch);
-      case DataType::float16:
-        return backward<__half>(alike, launch);
-      case DataType::bfloat16:
-        return backward<__nv_bfloat16>(alike, launch);
-    }
+  for_each_kind(layouts, [&](auto zero, const std::vector<const BackwardLayout*>& alike) {
+    backward<decltype(zero)>(alike, launch);
   });
 }
 

@@ -271,17 +271,8 @@ void dispatch_forward(const ForwardProblem* problems, int64_t count, Launch&& la
   for (int64_t i = 0; i < count; ++i) {
     if (problems[i].numel() > 0) layouts.emplace_back(problems[i]);
   }
-  for_each_kind(layouts, [&](const std::vector<const ForwardLayout*>& alike) {
-    switch (alike[0]->problem.dtype) {
-      case DataType::float32:
-        return forward<float>(alike, launch);
-      case DataType::float64:
-        return forward<double>(alike, launch);
-      case DataType::float16:
-        return forward<__half>(alike, launch);
-      case DataType::bfloat16:
-        return forward<__nv_bfloat16>(alike, launch);
-    }
+  for_each_kind(layouts, [&](auto zero, const std::vector<const ForwardLayout*>& alike) {
+    forward<decltype(zero)>(alike, launch);
   });
 }
 

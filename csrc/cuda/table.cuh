@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "access.cuh"
 #include "layout.h"
 
 namespace limpq::cuda {
@@ -141,7 +142,8 @@ void launch_tables(void (*kernel)(Table), int threads, const std::vector<const L
   start();
 }
 
-/// Calls `run` with the layouts of equal kind(), in the order of the list and by rising kind.
+/// Calls run(T(), layouts) for the layouts of each kind(), in the order of the list and by rising
+/// kind; T stores one element.
 template <typename Layout, typename Run>
 void for_each_kind(const std::vector<Layout>& list, Run&& run) {
   std::vector<const Layout*> ordered;
@@ -152,7 +154,8 @@ void for_each_kind(const std::vector<Layout>& list, Run&& run) {
   }
   for (auto first = ordered.begin(); first != ordered.end();) {
     const auto last = std::upper_bound(first, ordered.end(), *first, before);
-    run(std::vector<const Layout*>(first, last));
+    const std::vector<const Layout*> alike(first, last);
+    with_type(alike[0]->problem.dtype, [&](auto zero) { run(zero, alike); });
     first = last;
   }
 }
