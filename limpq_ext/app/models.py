@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.values.files import open_atomically
+from limpq_ext.values.names import listed
 from limpq_ext.values.optional import require
 from limpq_ext.values.reading import FileFormatError, first_line, reading
 from limpq_ext.values.tensor_files import load_safetensors, load_saved
@@ -163,7 +164,7 @@ def _built(
 
 def _warn_of_random(heads: Sequence[str], theirs: int, classes: int) -> None:
     warnings.warn(
-        f"the published weights are of {theirs} classes: all of them but those of {_some(heads)}"
+        f"the published weights are of {theirs} classes: all of them but those of {listed(heads)}"
         f" are taken, which starts from random weights for {classes} classes",
         stacklevel=4,
     )
@@ -426,7 +427,7 @@ def load_weights(
         except RuntimeError as error:
             raise ValueError(str(error).splitlines()[-1].strip()) from error
     problems = [
-        f"{problem} {_some(names)}"
+        f"{problem} {listed(names)}"
         for problem, names in (("lacks", missing), ("has, unlike the model,", unexpected))
         if names
     ]
@@ -457,11 +458,6 @@ def _without_prefixes(state: dict[str, Tensor], own: Iterable[str]) -> dict[str,
         if wrapped and not all(name.startswith(prefix) for name in own):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from limpq_ext.data.images import OnCorrupt
 from limpq_ext.data.scan import Scan
 from limpq_ext.data.sources import canonical_name
 from limpq_ext.data.transforms import Augment
-from limpq_ext.values.bits import MAX_BITS, MIN_BITS
+from limpq_ext.values.bits import MAX_BITS, MIN_BITS, check_candidates
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
 from limpq_ext.values.reading import (
@@ -316,8 +316,6 @@ class Recipe(_Section):
     @pydantic.field_validator("bits")
     @classmethod
     def _check_bits(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
-        from limpq_ext.nn.quantizers import check_candidates
-
         return check_candidates(bits)
 
     @pydantic.model_validator(mode="after")

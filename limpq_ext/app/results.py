@@ -11,7 +11,7 @@ from torch import nn
 
 from limpq_ext.app.session import Session
 from limpq_ext.data.loading import make_loader
-from limpq_ext.training.evaluation import Confusion, Evaluation, confuse, evaluate
+from limpq_ext.training.evaluation import Confusion, Evaluation, evaluate, evaluate_beside
 from limpq_ext.training.loop import StepDone
 from limpq_ext.values.costs import FLOAT_BITS, Costs
 from limpq_ext.values.policy import Policy
@@ -86,34 +86,27 @@ class RunReport:
 def evaluate_network(
     session: Session,
     model: nn.Module,
+    reference: nn.Module | None = None,
     *,
     split: Split = "test",
     on_step: StepDone | None = None,
-) -> Evaluation:
-    """How a network does on a split.
+) -> tuple[Evaluation, Confusion | None]:
+    """How a network does on a split and, with a reference, where it decides otherwise than that.
 
     Raises:
         ValueError: The network puts out what is not finite.
     """
-    result = evaluate(model, _batches(session, split), on_step=on_step)
+    batches, confusion = _batches(session, split), None
+    if reference is None:
+        result = evaluate(model, batches, on_step=on_step)
+    else:
+        result, confusion = evaluate_beside(model, reference, batches, on_step=on_step)
     if not math.isfinite(result.loss):
         raise ValueError(
             f"the loss on the {split} images is {result.loss}: the network puts out NaN or"
             " infinite scores"
         )
-    return result
-
-
-def compare_networks(
-    session: Session,
-    model: nn.Module,
-    reference: nn.Module,
-    *,
-    split: Split = "test",
-    on_step: StepDone | None = None,
-) -> Confusion:
-    """Where a network decides otherwise than another one on a split."""
-    return confuse(model, reference, _batches(session, split), on_step=on_step)
+    return result, confusion
 
 
 def _batches(session: Session, split: Split) -> Any:

@@ -19,7 +19,6 @@ from limpq_ext.app.recipe import Recipe
 from limpq_ext.app.results import (
     Result,
     RunReport,
-    compare_networks,
     evaluate_network,
     result_of,
 )
@@ -210,11 +209,14 @@ class _Work:
         ):
             with self.reporter.stage(f"evaluating {name}") as on_step:
                 model = self.session.network(self.folder / weights, policy)
-                evaluation = evaluate_network(self.session, model, on_step=on_step)
-                numbers = {"network": name, **asdict(evaluation)}
-                if policy is not None:
-                    numbers |= asdict(compare_networks(self.session, model, float_network))
-                    del numbers["counts"]
+                reference = None if policy is None else float_network
+                evaluation, confusion = evaluate_network(
+                    self.session, model, reference, on_step=on_step
+                )
+            numbers = {"network": name, **asdict(evaluation)}
+            if confusion is not None:
+                numbers |= asdict(confusion)
+                del numbers["counts"]
             stage.journal.write(numbers)
             yield result_of(name, evaluation.accuracy, self.costs, policy)
 

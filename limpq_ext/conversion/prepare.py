@@ -16,8 +16,8 @@ from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, arguments
 from limpq_ext.nn.layers import quantize_layer
 from limpq_ext.nn.network import select_bits
-from limpq_ext.nn.quantizers import check_candidates
 from limpq_ext.nn.swapping import swap_modules
+from limpq_ext.values.bits import check_candidates
 from limpq_ext.values.names import listed, matches
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limpq_ext.kernels.ops import SCALE_MIN, fake_quantize, fake_quantize_selected, thresholds
-from limpq_ext.values.bits import check_bits
+from limpq_ext.values.bits import check_candidates
 
 
 def mean_step_sizes(
@@ -337,18 +337,3 @@ def _check_bounds(name: str, scale_min: float, scale_max: float, dtype: torch.dt
             raise ValueError(f"{name}: {bound} is {value}{what}, expected a positive number")
     if scale_min > scale_max:
         raise ValueError(f"{name}: scale_min is {scale_min}, above scale_max, {scale_max}")
-
-
-def check_candidates(bits: Sequence[int]) -> tuple[int, ...]:
-    """The candidate bit-widths as a tuple.
-
-    Raises:
-        TypeError: One is not an integer.
-        ValueError: There is none, one is outside 2 to 16, or one stands twice.
-    """
-    candidates = tuple(check_bits("candidate", width) for width in bits)
-    if not candidates:
-        raise ValueError("bits is empty, expected at least one bit-width")
-    if len(set(candidates)) != len(candidates):
-        raise ValueError(f"bits is {candidates}, expected no bit-width twice")
-    return candidates

@@ -76,34 +76,10 @@ def evaluate(model: nn.Module, loader: Batches, *, on_step: StepDone | None = No
     Raises:
         ValueError: The loader gives no samples.
     """
-    totals: Tensor | None = None
+    counts = None
     for (scores,), target in _scores([model], loader, on_step):
-        classes = scores.shape[1]
-        right = scores.argmax(dim=1) == target
-        best = scores.topk(min(TOP, classes), dim=1).indices == target[:, None]
-        loss = F.cross_entropy(scores.float(), target, reduction="sum")
-        counts = torch.stack([right.sum(), best.any(dim=1).sum(), loss])
-        found = torch.cat(
-            [
-                counts,
-                target[right].bincount(minlength=classes),
-                target.bincount(minlength=classes),
-            ]
-        ).double()  # counts are exact in float64 up to 2**53
-        totals = found if totals is None else totals + found
-    (correct, among_best, loss_sum), per_class = _added(totals, device_of(model), apart=3)
-    rights, samples = per_class.reshape(2, -1).tolist()
-    count = sum(samples)
-    return Evaluation(
-        accuracy=correct / count,
-        top5=among_best / count if len(samples) > TOP else None,
-        loss=loss_sum / count,
-        samples=int(count),
-        class_accuracy=tuple(
-            right / of_class if of_class else None
-            for right, of_class in zip(rights, samples, strict=True)
-        ),
-    )
+        counts = _plus(counts, _counts(scores, target))
+    return _evaluation(counts, device_of(model))
 
 
 @torch.no_grad()
@@ -121,20 +97,76 @@ def confuse(
     Raises:
         ValueError: The loader gives no samples, or the models have other classes.
     """
-    totals: Tensor | None = None
+    counts = None
     for (ours, theirs), target in _scores([model, reference], loader, on_step):
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"the models give scores of shape {tuple(ours.shape)} and {tuple(theirs.shape)}"
-            )
-        classes = ours.shape[1]
-        ours, theirs = ours.argmax(dim=1), theirs.argmax(dim=1)
-        gained = ((ours == target) & (theirs != target)).sum()
-        lost = ((ours != target) & (theirs == target)).sum()
-        counts = (theirs * classes + ours).bincount(minlength=classes**2)
-        found = torch.cat([torch.stack([gained, lost]), counts]).double()
-        totals = found if totals is None else totals + found
-    (gains, losses), flat = _added(totals, device_of(model), apart=2)
+        counts = _plus(counts, _counts_beside(ours, theirs, target))
+    return _confusion(counts, device_of(model))
+
+
+@torch.no_grad()
+def evaluate_beside(
+    model: nn.Module, reference: nn.Module, loader: Batches, *, on_step: StepDone | None = None
+) -> tuple[Evaluation, Confusion]:
+    """What :func:`evaluate` and :func:`confuse` say, from one pass over the loader.
+
+    Raises:
+        ValueError: As they do.
+    """
+    counts = beside = None
+    for (ours, theirs), target in _scores([model, reference], loader, on_step):
+        counts = _plus(counts, _counts(ours, target))
+        beside = _plus(beside, _counts_beside(ours, theirs, target))
+    device = device_of(model)
+    return _evaluation(counts, device), _confusion(beside, device)
+
+
+def _counts(scores: Tensor, target: Tensor) -> Tensor:
+    """The right, those among the best, the sum of losses; then the right and all by class."""
+    classes = scores.shape[1]
+    right = scores.argmax(dim=1) == target
+    best = scores.topk(min(TOP, classes), dim=1).indices == target[:, None]
+    loss = F.cross_entropy(scores.float(), target, reduction="sum")
+    return torch.cat(
+        [
+            torch.stack([right.sum(), best.any(dim=1).sum(), loss]),
+            target[right].bincount(minlength=classes),
+            target.bincount(minlength=classes),
+        ]
+    ).double()  # counts are exact in float64 up to 2**53
+
+
+def _evaluation(counts: Tensor | None, device: torch.device) -> Evaluation:
+    (correct, among_best, loss_sum), per_class = _added(counts, device, apart=3)
+    rights, samples = per_class.reshape(2, -1).tolist()
+    count = sum(samples)
+    return Evaluation(
+        accuracy=correct / count,
+        top5=among_best / count if len(samples) > TOP else None,
+        loss=loss_sum / count,
+        samples=int(count),
+        class_accuracy=tuple(
+            right / of_class if of_class else None
+            for right, of_class in zip(rights, samples, strict=True)
+        ),
+    )
+
+
+def _counts_beside(ours: Tensor, theirs: Tensor, target: Tensor) -> Tensor:
+    """The gained and the lost; then all by the classes that they and we say."""
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"the models give scores of shape {tuple(ours.shape)} and {tuple(theirs.shape)}"
+        )
+    classes = ours.shape[1]
+    ours, theirs = ours.argmax(dim=1), theirs.argmax(dim=1)
+    gained = ((ours == target) & (theirs != target)).sum()
+    lost = ((ours != target) & (theirs == target)).sum()
+    pairs = (theirs * classes + ours).bincount(minlength=classes**2)
+    return torch.cat([torch.stack([gained, lost]), pairs]).double()
+
+
+def _confusion(counts: Tensor | None, device: torch.device) -> Confusion:
+    (gains, losses), flat = _added(counts, device, apart=2)
     matrix = flat.reshape(math.isqrt(len(flat)), -1)
     samples = int(matrix.sum())
     return Confusion(
@@ -144,6 +176,10 @@ def confuse(
         samples=samples,
         counts=tuple(tuple(map(int, row)) for row in matrix.tolist()),
     )
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
 
 
 def _scores(

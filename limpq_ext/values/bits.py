@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Final
 
 MIN_BITS: Final = 2
@@ -32,3 +33,18 @@ def check_bits(what: str, bits: int) -> int:
     if not MIN_BITS <= width <= MAX_BITS:
         raise ValueError(f"{what}: {width} bits is outside {MIN_BITS} to {MAX_BITS}")
     return width
+
+
+def check_candidates(bits: Sequence[int]) -> tuple[int, ...]:
+    """The candidate bit-widths as a tuple.
+
+    Raises:
+        TypeError: One is not an integer.
+        ValueError: There is none, one is outside 2 to 16, or one stands twice.
+    """
+    candidates = tuple(check_bits("candidate", width) for width in bits)
+    if not candidates:
+        raise ValueError("bits is empty, expected at least one bit-width")
+    if len(set(candidates)) != len(candidates):
+        raise ValueError(f"bits is {candidates}, expected no bit-width twice")
+    return candidates

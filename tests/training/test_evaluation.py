@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from limpq_ext import confuse, evaluate
+from limpq_ext.training.evaluation import evaluate_beside
 
 
 class Table(nn.Module):
@@ -61,6 +62,18 @@ def test_confusion_counts_what_both_say_and_who_is_right():
     assert (result.samples, result.agreement) == (5, 2 / 5)
     assert (result.gained, result.lost) == (1 / 5, 1 / 5)
     assert model.training
+
+
+def test_one_pass_gives_what_both_do():
+    model = Table(one_hot(0, 1, 2, 1, 0, classes=3))
+    reference = Table(one_hot(0, 2, 1, 1, 2, classes=3))
+    batches = samples([0, 1, 1, 1, 2])
+    passes = []
+    found = evaluate_beside(model, reference, batches, on_step=lambda *step: passes.append(step))
+    assert found == (evaluate(model, batches), confuse(model, reference, batches))
+    assert len(passes) == len(batches)
+    with pytest.raises(ValueError, match="empty data set"):
+        evaluate_beside(model, reference, [])
 
 
 def test_nothing_to_evaluate_or_compare_is_an_error():

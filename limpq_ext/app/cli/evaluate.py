@@ -53,7 +53,7 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from limpq_ext.app.results import compare_networks, evaluate_network
+    from limpq_ext.app.results import evaluate_network
     from limpq_ext.app.session import Session, choose_device
     from limpq_ext.app.trainings import calibrated_network
     from limpq_ext.training.distributed import process_group
@@ -74,13 +74,11 @@ def evaluate(
             model = session.network(weights, chosen)
         else:
             model = calibrated_network(session, weights, chosen, calibrate)
+        reference = None if float_weights is None else session.network(float_weights, None)
         with make_reporter().stage("evaluating") as on_step:
-            result = evaluate_network(session, model, split=part, on_step=on_step)
-        confusion = None
-        if float_weights is not None:
-            with make_reporter().stage("comparing with the float network") as on_step:
-                reference = session.network(float_weights, None)
-                confusion = compare_networks(session, model, reference, split=part, on_step=on_step)
+            result, confusion = evaluate_network(
+                session, model, reference, split=part, on_step=on_step
+            )
     if not is_first():
         return
     say(f"accuracy {_percent(result.accuracy)}, loss {result.loss:.4f}, {result.samples} samples")
