@@ -11,6 +11,7 @@ from .allocation.pareto import pareto as pareto
 from .allocation.search import search as search
 from .conversion.apply import apply_policy as apply_policy
 from .conversion.prepare import prepare as prepare
+from .data.datasets import DataOptions as DataOptions
 from .data.datasets import load_data as load_data
 from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
@@ -41,6 +42,7 @@ from .training.evaluation import Confusion as Confusion
 from .training.evaluation import Evaluation as Evaluation
 from .training.evaluation import confuse as confuse
 from .training.evaluation import evaluate as evaluate
+from .training.finetune import FinetuneOptions as FinetuneOptions
 from .training.finetune import finetune as finetune
 from .training.loop import Recording as Recording
 from .training.metrics import Journal as Journal

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
+from limpq_ext.data.datasets import DataOptions
 from limpq_ext.data.glyphs import CLASSES
-from limpq_ext.data.images import OnCorrupt
-from limpq_ext.data.scan import Scan
 from limpq_ext.data.sources import canonical_name
-from limpq_ext.data.transforms import Augment
+from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS, check_candidates
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
+from limpq_ext.values.options import Options
 from limpq_ext.values.reading import (
     YAML_BYTES,
     FileFormatError,
@@ -86,29 +87,36 @@ class GlyphsSection(_Section):
     cache: bool = Field(True, description="draw once and keep the images in memory")
 
 
-class DataSection(_Section):
+def _of(options: type[Options], **defaults: Any) -> Any:
+    """A section with the fields, bounds and help of a function's options.
+
+    Args:
+        options: The options.
+        **defaults: Others than theirs; ... is none.
+    """
+    kinds = get_type_hints(options)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        how = {"description": field.metadata["help"] or None, **field.metadata["bounds"]}
+        fields[field.name] = (
+            kinds[field.name],
+            Field(defaults.get(field.name, default), **how),
+        )
+    return pydantic.create_model(f"_{options.__name__}", __base__=_Section, **fields)
+
+
+_Data: Any = _of(DataOptions, name="digits")
+_Training: Any = _of(TrainingOptions, lr=...)
+_Finetuning: Any = _of(FinetuneOptions, lr=..., distill_weight=0.0)
+
+
+class DataSection(_Data):
     """Which data; what is null is as usual for the data set."""
 
-    name: str = Field("digits", description="data set, see limpq_ext.data.sources.DATA_SETS")
-    root: str | None = Field(None, description="folder of the data")
-    download: bool = Field(False, description="let torchvision fetch what root lacks")
-    image_size: int | None = Field(None, ge=1, description="height and width")
-    channels: Literal[1, 3] | None = Field(None, description="1 is grey")
-    augment: Literal["auto"] | Augment = Field("auto", description="of training images")
-    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels from 0 to 1")
-    std: tuple[float, ...] | None = None
-    val_fraction: float = Field(
-        0.1, ge=0, lt=1, description="of training images, where there are none for validation"
-    )
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="of all, where there are none")
-    seed: int = Field(0, ge=0, description="of the splits, and of glyphs")
     fraction: float = Field(
         1.0, gt=0, le=1, description="part of the training images that indicators are trained on"
     )
-    on_corrupt: OnCorrupt = Field(
-        "error", description="files that cannot be read and empty classes; skip counts them"
-    )
-    scan: Scan = Field("open", description="how files are tried before training")
     workers: int = Field(0, ge=0, description="processes that load batches")
     glyphs: GlyphsSection = Field(default_factory=GlyphsSection)
 
@@ -118,17 +126,10 @@ class DataSection(_Section):
         return canonical_name(name)
 
 
-class TrainingSection(_Section):
+class TrainingSection(_Training):
     """One stage of training."""
 
-    epochs: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(2.5e-5, ge=0)
-    warmup_epochs: float = Field(0, ge=0)
-    label_smoothing: float = Field(0, ge=0, lt=1)
     autocast: Autocast = Field(
         "off", description="dtype of the forward; float16 comes with a gradient scaler"
     )
@@ -150,19 +151,11 @@ class JointSection(TrainingSection):
     drop_relu: bool = Field(True, description="let quantizers take over the ReLUs before them")
 
 
-class FinetuneSection(TrainingSection):
+class FinetuneSection(TrainingSection, _Finetuning):
     """Fine-tuning of a policy."""
 
     init: Literal["float", "joint"] = Field(
         "float", description="start from the float network or from the jointly trained one"
-    )
-    distill_weight: float = Field(
-        0, ge=0, le=1, description="share of the float network's scores in the loss"
-    )
-    temperature: float = Field(1, gt=0, description="of the scores in distillation")
-    ema_decay: float = Field(0, ge=0, lt=1, description="of the parameters' moving average; 0: off")
-    reestimate_batches: int = Field(
-        0, ge=0, description="batches that batch normalisation's statistics are computed from anew"
     )
 
 

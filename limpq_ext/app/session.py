@@ -14,7 +14,7 @@ from limpq_ext.app.models import create_model, is_published, load_weights, save_
 from limpq_ext.app.recipe import Recipe
 from limpq_ext.conversion.apply import apply_policy
 from limpq_ext.conversion.prepare import prepare
-from limpq_ext.data.datasets import load_data
+from limpq_ext.data.datasets import DataOptions, load_data
 from limpq_ext.data.loading import Data
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
 from limpq_ext.graph.profile import profile
@@ -40,7 +40,7 @@ class Session:
         self.recipe = recipe
         self.device = choose_device(recipe.device)
         options = recipe.data.model_dump(exclude={"workers", "fraction"})
-        self.data: Data = load_data(**options, scan_cache=scan_cache)
+        self.data: Data = load_data(DataOptions(**options), scan_cache=scan_cache)
         self.create_model()
 
     @cached_property

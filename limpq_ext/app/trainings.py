@@ -17,7 +17,7 @@ from limpq_ext.joint.trainer import JointTrainer
 from limpq_ext.training.batches import batches_of_epoch
 from limpq_ext.training.calibration import calibrate
 from limpq_ext.training.distributed import broadcast_state, from_main, rank
-from limpq_ext.training.finetune import finetune
+from limpq_ext.training.finetune import FinetuneOptions, finetune
 from limpq_ext.training.loop import Recording, StepDone, run_epochs
 from limpq_ext.training.metrics import Meter, Record
 from limpq_ext.training.optimizers import make_optimizer
@@ -196,11 +196,11 @@ def _finetune(
     finetune(
         model,
         _seeded_loader(session, options),
+        FinetuneOptions(**options.model_dump(exclude={"batch_size", "autocast", "init"})),
         recording=recording,
         on_step=on_step,
         teacher=teacher,
         autocast=_dtype(options.autocast),
-        **options.model_dump(exclude={"batch_size", "autocast", "init"}),
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,34 +18,14 @@ from limpq_ext.data.sources import Kind, Opened, canonical_name, open_source
 from limpq_ext.data.splits import stratified_split
 from limpq_ext.data.transforms import Augment, evaluation_transform, training_transform
 from limpq_ext.training.distributed import from_main
+from limpq_ext.values.options import Options, option
 
 
-def load_data(
-    name: str,
-    *,
-    root: str | os.PathLike[str] | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-    channels: int | None = None,
-    augment: Literal["auto"] | Augment = "auto",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    on_corrupt: OnCorrupt = "error",
-    scan: Scan = "open",
-    scan_cache: Path | None = None,
-    glyphs: Mapping[str, Any] | None = None,
-) -> Data:
-    """A data set by name, split into training, validation and test images.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Which data set, and how it is read and split.
 
-    A split that the source does not have is carved out of its training images, class by class. Of
-    ``imagenet``, the folder val/ is the test set, as the field reports it. Where a file is broken
-    after the scan, see :class:`limpq_ext.data.images.ImageFiles`. In a run of several processes the
-    first one downloads and scans.
-
-    Args:
+    Attributes:
         name: One of ``DATA_SETS``; ``torchvision/NAME`` for a set of torchvision.datasets.
         root: Folder of the data; digits and glyphs have none.
         download: Let torchvision fetch what is not in ``root``.
@@ -60,16 +39,54 @@ def load_data(
         seed: Of the splits, and of glyphs.
         on_corrupt: Broken files and empty classes are an error, or ("skip") left out and counted.
         scan: How files are tried before training.
-        scan_cache: Where the scan is remembered.
         glyphs: ``train_images``, ``test_images``, ``difficulty``, ``fonts``, ``cache``.
+    """
+
+    name: str = option(help="data set, see limpq_ext.data.sources.DATA_SETS")
+    root: str | None = option(None, help="folder of the data")
+    download: bool = option(False, help="let torchvision fetch what root lacks")
+    image_size: int | None = option(None, ge=1, help="height and width")
+    channels: Literal[1, 3] | None = option(None, help="1 is grey")
+    augment: Literal["auto"] | Augment = option("auto", help="of training images")
+    mean: tuple[float, ...] | None = option(None, help="per channel, of pixels from 0 to 1")
+    std: tuple[float, ...] | None = option(None)
+    val_fraction: float = option(
+        0.1, ge=0, lt=1, help="of training images, where there are none for validation"
+    )
+    test_fraction: float = option(0.2, gt=0, lt=1, help="of all, where there are none")
+    seed: int = option(0, ge=0, help="of the splits, and of glyphs")
+    on_corrupt: OnCorrupt = option(
+        "error", help="files that cannot be read and empty classes; skip counts them"
+    )
+    scan: Scan = option("open", help="how files are tried before training")
+    glyphs: Mapping[str, Any] | None = option(None)
+
+
+def load_data(data: str | DataOptions, *, scan_cache: Path | None = None, **changes: Any) -> Data:
+    """A data set, split into training, validation and test images.
+
+    A split that the source does not have is carved out of its training images, class by class. Of
+    ``imagenet``, the folder val/ is the test set, as the field reports it. Where a file is broken
+    after the scan, see :class:`limpq_ext.data.images.ImageFiles`. In a run of several processes the
+    first one downloads and scans.
+
+    Args:
+        data: The name of the set, or which set and how it is read.
+        scan_cache: Where the scan is remembered.
+        **changes: Fields of `DataOptions` by keyword: ``load_data("imagenet", root="data")``.
 
     Raises:
+        TypeError: There is no such option.
         ValueError: The name is unknown, a number does not fit, or the images or classes are wrong:
             none, an empty class, other classes in another split, a broken file.
         FileNotFoundError: ``root`` or the data in it do not exist.
         ImportError: What the set needs is missing.
     """
-    name = canonical_name(name)
+    named = {"name": data, **changes} if isinstance(data, str) else changes
+    given = DataOptions.chosen(None if isinstance(data, str) else data, named)
+    image_size, channels, augment = given.image_size, given.channels, given.augment
+    mean, std = given.mean, given.std
+    name = canonical_name(given.name)
     if name == "digits" and (
         image_size not in (None, 8) or channels not in (None, 1) or augment not in ("auto", "none")
     ):
@@ -81,14 +98,14 @@ def load_data(
         )
     opened = open_source(
         name,
-        root,
-        download=download,
+        given.root,
+        download=given.download,
         image_size=image_size,
         channels=channels,
-        seed=seed,
-        glyphs=glyphs or {},
+        seed=given.seed,
+        glyphs=given.glyphs or {},
     )
-    opened, notes = _without_broken(opened, on_corrupt, scan, scan_cache)
+    opened, notes = _without_broken(opened, given.on_corrupt, given.scan, scan_cache)
     kind = opened.kind
     kind = replace(
         kind,
@@ -98,7 +115,7 @@ def load_data(
         resize=kind.resize or image_size not in (None, kind.size),
     )
     statistics = _statistics(kind, mean, std)
-    _check_classes(name, opened, on_corrupt)
+    _check_classes(name, opened, given.on_corrupt)
     training = evaluating = None
     if not opened.ready:
         how: dict[str, Any] = {"resize": kind.resize, "crop_share": kind.crop_share}
@@ -110,9 +127,11 @@ def load_data(
             chosen,
             training if split == "train" else evaluating,
             random=split == "train" and kind.augment != "none",
-            on_corrupt=on_corrupt,
+            on_corrupt=given.on_corrupt,
         )
-        for split, (images, chosen) in _split(opened, val_fraction, test_fraction, seed).items()
+        for split, (images, chosen) in _split(
+            opened, given.val_fraction, given.test_fraction, given.seed
+        ).items()
     }
     per_class = {
         split: np.bincount(images.labels, minlength=len(opened.classes)).tolist()
@@ -123,10 +142,10 @@ def load_data(
         "splits": {split: len(images) for split, images in sets.items()},
         "carved_from_train": {
             split: fraction
-            for split, fraction in (("val", val_fraction), ("test", test_fraction))
+            for split, fraction in (("val", given.val_fraction), ("test", given.test_fraction))
             if split not in opened.splits() and fraction
         },
-        "seed": seed,
+        "seed": given.seed,
         "image_shape": [kind.channels, kind.size, kind.size],
         "classes": list(opened.classes),
         "images_per_class": per_class,

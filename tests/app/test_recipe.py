@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 import inspect
 import re
@@ -11,8 +12,11 @@ from limpq_ext.allocation.budgets import BUDGETS, of_8bit, uniform
 from limpq_ext.allocation.problem import Question
 from limpq_ext.allocation.search import search
 from limpq_ext.app.recipe import (
+    DataSection,
+    FinetuneSection,
     Recipe,
     SearchSection,
+    TrainingSection,
     dump_recipe,
     load_recipe,
     load_restrictions,
@@ -21,6 +25,8 @@ from limpq_ext.app.recipe import (
     parse_assignment,
     shipped_recipes,
 )
+from limpq_ext.data.datasets import DataOptions
+from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
 from limpq_ext.values.latency import LatencyEntry, LatencyTable
 
 
@@ -320,3 +326,20 @@ def test_merged_keys_of_yaml_may_be_overridden(tmp_path):
 def test_a_name_that_is_no_recipe_is_told_which_are():
     with pytest.raises(FileNotFoundError, match=r"'resnet34' does not exist: .*resnet18-imagenet"):
         load_recipe("resnet34")
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "own"),
+    [
+        (DataSection, DataOptions, {"fraction", "workers"}),
+        (TrainingSection, TrainingOptions, {"batch_size", "autocast"}),
+        (FinetuneSection, FinetuneOptions, {"batch_size", "autocast", "init"}),
+    ],
+)
+def test_sections_are_made_of_the_options_of_what_they_are_for(section, options, own):
+    names = {field.name for field in dataclasses.fields(options)}
+    assert set(section.model_fields) == names | own
+    for field in dataclasses.fields(options):
+        for kind, bound in field.metadata["bounds"].items():
+            bounds = section.model_fields[field.name].metadata
+            assert any(getattr(found, kind, None) == bound for found in bounds)

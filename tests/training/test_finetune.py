@@ -44,10 +44,10 @@ def test_finetune_of_a_quantized_model_trains_weights_and_scales():
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": 1, "optimizer": "adagrad"}, "optimizer is 'adagrad', expected one of sgd"),
-        ({"epochs": 1, "distill_weight": 1.5}, "distill_weight is 1.5, expected 0 to 1"),
-        ({"epochs": 1, "temperature": 0.0}, "temperature is 0.0, expected a positive"),
-        ({"epochs": 1, "ema_decay": -0.5}, "ema_decay is -0.5, expected 0 to 1"),
-        ({"epochs": 1, "reestimate_batches": -1}, "reestimate_batches is -1, expected 0 to any"),
+        ({"epochs": 1, "distill_weight": 1.5}, "distill_weight is 1.5, expected at most 1"),
+        ({"epochs": 1, "temperature": 0.0}, "temperature is 0.0, expected more than 0"),
+        ({"epochs": 1, "ema_decay": -0.5}, "ema_decay is -0.5, expected at least 0"),
+        ({"epochs": 1, "reestimate_batches": -1}, "reestimate_batches is -1, expected at least 0"),
     ],
 )
 def test_wrong_options_are_named(options, message):
