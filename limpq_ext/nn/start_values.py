@@ -1,0 +1,279 @@
+"""Where step sizes begin: the rules, and what they need to know of the values that are quantized.
+
+Every rule sees a distribution: the values themselves, sorted once, or a histogram of many batches.
+The squared error of a step size is a sum over the levels of the quantizer,
+
+    sum over q of  sum of (x - q * s)^2 = sum x^2 - 2 q s sum x + q^2 s^2 n    over the x nearest q,
+
+and prefix sums of n, x and x^2 give each level's share by two look-ups. So one candidate costs as
+much as the quantizer has levels, whatever the number of values, and all candidates of all channels
+are one batch of look-ups.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+ScaleStart = Literal["mse", "lsq", "max", "percentile"]
+"""How step sizes begin: the least squared error, LSQ's rule, without clipping, or with the largest
+one in 10,000 values clipped."""
+
+SCALE_STARTS: Final = get_args(ScaleStart)
+
+PERCENTILE: Final = 0.9999
+"""The share of values that the rule "percentile" does not clip."""
+
+_CANDIDATES: Final = 96  # of the first search, by equal ratios
+_CANDIDATES_OF_FEW: Final = 1024  # where single values matter, as in a depthwise convolution
+_FEW: Final = 256
+_REFINED: Final = 17  # of each of the two searches between the best one's neighbours
+_MANY_LEVELS: Final = 128  # from here on the first search takes what is rounded for noise
+_MOST_LEVELS: Final = 1025  # from here on all do
+_MOST_LOOKUPS: Final = 2**24  # at once; more channels are done one part after the other
+_BINS: Final = 8192
+
+
+class Distribution:
+    """Values or bins of them, by channel, sorted, with what the error of a step size needs.
+
+    Args:
+        values: ``[channels, n]``, in ascending order along the last axis.
+        counts: Of the same shape, how often each stands; None: once.
+    """
+
+    def __init__(self, values: Tensor, counts: Tensor | None = None) -> None:
+        self.values = values.double().contiguous()
+        ones = torch.ones_like(self.values) if counts is None else counts.double()
+        terms = torch.stack([ones, ones * self.values, ones * self.values.square()])
+        start = terms.new_zeros((*terms.shape[:2], 1))
+        self._sums = torch.cat([start, terms.cumsum(dim=2)], dim=2)  # [3, channels, n + 1]
+
+    @classmethod
+    def of(cls, x: Tensor, channel_axis: int | None = None) -> Distribution:
+        """That of all values of a tensor, or of each channel along an axis."""
+        x = x.detach()
+        rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
+        computing = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return cls(rows.to(computing).sort(dim=1).values)
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """The mean of ``|x|``, ``[channels]``."""
+        total = self._sums[:, :, -1]
+        place = torch.searchsorted(self.values, torch.zeros_like(self.values[:, :1]))
+        below = self._sums[1].gather(1, place).squeeze(1)
+        return (total[1] - 2 * below) / total[0]
+
+    def no_clipping(self, quant_min: int, quant_max: int) -> Tensor:
+        """The least step size at which no value lies outside the range, ``[channels]``."""
+        return self._covering(self.values[:, 0], self.values[:, -1], quant_min, quant_max)
+
+    def percentile(self, share: float, quant_min: int, quant_max: int) -> Tensor:
+        """The least step size at which this share of the values lies in the range.
+
+        As much is left out on either side where the range has two.
+
+        Returns:
+            ``[channels]``.
+        """
+        counted = self._sums[0, :, 1:]
+        left_out = (1 - share) / (2 if quant_min < 0 else 1)
+        total = counted[:, -1:]
+        last = self.values.shape[1] - 1
+        low = torch.searchsorted(counted.contiguous(), total * left_out, right=True)
+        high = torch.searchsorted(counted.contiguous(), total * (1 - left_out))
+        lowest, highest = (
+            self.values.gather(1, place.clamp(max=last)).squeeze(1) for place in (low, high)
+        )
+        return self._covering(lowest, highest, quant_min, quant_max)
+
+    def squared_error(self, scales: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        """The sum of squared errors at step sizes.
+
+        Args:
+            scales: Positive, ``[channels, m]``.
+            quant_min: Lowest level.
+            quant_max: Highest level.
+
+        Returns:
+            ``[channels, m]``, float64.
+        """
+        count, total, squares, levels = self._by_level(scales, quant_min, quant_max)
+        where = levels * scales.double()[..., None]
+        error = squares - 2 * where * total + where.square() * count
+        return error.sum(dim=2)
+
+    def least_error(self, quant_min: int, quant_max: int) -> Tensor:
+        """The step size of the least squared error, ``[channels]``; 0 where all values are 0.
+
+        It is sought among step sizes in equal ratios, from one that clips most values to one that
+        clips none, and then twice between the neighbours of the best. Each that is tried says which
+        values are nearest to which level q, and for these the best step size is known,
+        ``sum(q * x) / sum(q^2)``; that is what is compared, and found. Where there are many levels
+        the first search takes what is rounded for noise of variance ``scale^2 / 12``; above 1,024
+        levels all of them do.
+        """
+        high = self.no_clipping(quant_min, quant_max)
+        low = torch.minimum(high, self.mean_magnitude / (2 * max(quant_max, -quant_min)))
+        nothing = ~(low > 0)
+        low, high = (torch.where(nothing, torch.ones_like(end), end) for end in (low, high))
+        few = self.values.shape[1] <= _FEW
+        high = 2 * high if few else high  # a few values may lie on coarser levels by chance
+        found = high
+        least = torch.full_like(found, math.inf)
+        levels = quant_max - quant_min + 1
+        first = _CANDIDATES_OF_FEW if few else _CANDIDATES
+        for refines, candidates in enumerate((first, _REFINED, _REFINED)):
+            steps = torch.linspace(0, 1, candidates, dtype=torch.float64, device=low.device)
+            tried = low[:, None] * (high / low)[:, None] ** steps
+            apart = levels < (_MOST_LEVELS if few or refines else _MANY_LEVELS)
+            scales, errors = self._improved(tried, quant_min, quant_max, apart=apart)
+            best = errors.argmin(dim=1, keepdim=True)
+            error, scale = (every.gather(1, best).squeeze(1) for every in (errors, scales))
+            if refines == 0 and not apart:
+                found = scale  # its error is another measure than that of the next ones
+            else:
+                found = torch.where(error < least, scale, found)
+                least = torch.minimum(error, least)
+            low, high = (
+                tried.gather(1, (best + side).clamp(0, candidates - 1)).squeeze(1)
+                for side in (-1, 1)
+            )
+        return torch.where(nothing, torch.zeros_like(found), found)
+
+    def _improved(
+        self, tried: Tensor, quant_min: int, quant_max: int, *, apart: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The best step sizes for what those that are tried round to, and their errors.
+
+        Where levels are not looked at apart: the step sizes that were tried.
+        """
+        looked_up = quant_max - quant_min if apart else 2
+        rows = max(1, _MOST_LOOKUPS // (tried.shape[1] * looked_up))
+        parts = []
+        for start, part in zip(range(0, len(tried), rows), tried.split(rows), strict=True):
+            own = self._rows(start, start + rows)
+            if not apart:
+                parts.append((part, own._squared_error_of_noise(part, quant_min, quant_max)))
+                continue
+            count, total, squares, q = own._by_level(part, quant_min, quant_max)
+            along, across = (q * total).sum(dim=2), (q.square() * count).sum(dim=2)
+            scale = torch.where(along > 0, along / across, part)
+            error = squares.sum(dim=2) - scale * (2 * along - scale * across)
+            parts.append((scale, error))
+        scales, errors = (torch.cat(every) for every in zip(*parts, strict=True))
+        return scales, errors
+
+    def _squared_error_of_noise(self, scales: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        """The squared error where what is rounded is noise, and what is clipped counts exactly."""
+        edges = torch.tensor([quant_min - 0.5, quant_max + 0.5], device=scales.device)
+        ends = torch.tensor([quant_min, 0, quant_max], device=scales.device).double()
+        count, total, squares = self._between(edges.double() * scales[..., None])
+        where = ends * scales[..., None]
+        error = squares - 2 * where * total + where.square() * count
+        error[..., 1] = count[..., 1] * scales.square() / 12
+        return error.sum(dim=2)
+
+    def _by_level(
+        self, scales: Tensor, quant_min: int, quant_max: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The count, the sum and the sum of squares of what is nearest to each level, and those.
+
+        Each is ``[channels, m, levels]``.
+        """
+        levels = torch.arange(quant_min, quant_max + 1, device=scales.device).double()
+        count, total, squares = self._between((levels[:-1] + 0.5) * scales.double()[..., None])
+        return count, total, squares, levels
+
+    def _between(self, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The count, the sum and the sum of squares of the values between edges.
+
+        Args:
+            edges: ``[channels, m, n]``, ascending.
+
+        Returns:
+            Each ``[channels, m, n + 1]``.
+        """
+        places = torch.searchsorted(self.values, edges.flatten(1))
+        inner = self._sums.gather(2, places.expand(3, *places.shape)).reshape(3, *edges.shape)
+        ends = self._sums[:, :, None, -1:].expand(3, *edges.shape[:2], 1)
+        parts = torch.diff(inner, dim=3, prepend=torch.zeros_like(ends), append=ends)
+        return parts[0], parts[1], parts[2]
+
+    def _rows(self, start: int, stop: int) -> Distribution:
+        part = object.__new__(Distribution)
+        part.values, part._sums = self.values[start:stop], self._sums[:, start:stop]
+        return part
+
+    @staticmethod
+    def _covering(lowest: Tensor, highest: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        least = highest.clamp(min=0) / quant_max
+        return torch.maximum(least, (-lowest).clamp(min=0) / -quant_min) if quant_min else least
+
+
+class Histogram:
+    """Counts of values over many batches, in bins that widen as larger values come.
+
+    The bins are equal and go from ``-bound`` to ``bound``, a power of two that doubles, so that two
+    bins become one and nothing that was counted is counted wrongly.
+
+    Attributes:
+        counts: Float64, ``[bins]``; None before the first values.
+        bound: Of the magnitude.
+        lowest: The least value so far; infinity before the first.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+        self.bound = 0.0
+        self.lowest = math.inf
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of a tensor.
+
+        Raises:
+            ValueError: One is NaN or infinite.
+        """
+        x = x.detach().float()
+        if x.numel() == 0:
+            return
+        low, high = torch.stack(torch.aminmax(x)).tolist()
+        most = max(-low, high)
+        if not math.isfinite(most):
+            raise ValueError("a batch has a NaN or an infinity")
+        self.lowest = min(self.lowest, low)
+        if self.counts is None:
+            self.counts = torch.zeros(_BINS, dtype=torch.float64, device=x.device)
+        # Above the largest value, which else would stand on the edge.
+        self.widen(2.0 ** math.frexp(most)[1] if most else 0.0)
+        if self.bound:
+            width = 2 * self.bound / _BINS
+            # In float64 the sum is exact, so that a bin's edge is the same at any bound.
+            places = ((x.flatten().double() + self.bound) / width).long().clamp_(0, _BINS - 1)
+            self.counts += torch.bincount(places, minlength=_BINS)
+        else:
+            self.counts[_BINS // 2] += x.numel()
+
+    def widen(self, bound: float) -> None:
+        """Let the bins go to a bound, a power of two; a lower one changes nothing."""
+        if not self.bound:
+            self.bound = bound
+        while self.bound < bound and self.counts is not None:
+            halves = self.counts.reshape(-1, 2).sum(dim=1)
+            quarter = _BINS // 4
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[quarter : 3 * quarter] = halves
+            self.bound *= 2
+
+    def distribution(self) -> Distribution:
+        """What was counted, at the middles of the bins."""
+        assert self.counts is not None
+        width = 2 * self.bound / _BINS
+        places = torch.arange(_BINS, dtype=torch.float64, device=self.counts.device)
+        middles = (places + 0.5) * width - self.bound
+        used = self.counts > 0
+        return Distribution(middles[used][None], self.counts[used][None])
