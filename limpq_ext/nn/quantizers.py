@@ -7,7 +7,7 @@ at a bit-width tells how much it suffers from that bit-width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limpq_ext.kernels.ops import SCALE_MIN, fake_quantize, fake_quantize_selected, thresholds
+from limpq_ext.nn.start_values import (
+    Distribution,
+    Histogram,
+    ScaleStart,
+    check_rule,
+    start_scales,
+)
 from limpq_ext.values.bits import check_candidates
 
 
@@ -44,6 +51,8 @@ class LsqQuantizer(nn.Module):
         scale_min: Scales below this act as this and get no gradient. Positive, also in the type
             that the operators compute in, float32 unless the scales are float64.
         scale_max: Scales above this act as this and get no gradient (LIMPQ's own code: 1.0).
+        scale_start: Where the step sizes begin: "mse" at the least squared error, "lsq" as LSQ and
+            LIMPQ do, "max" without clipping, "percentile" with one value in 10,000 clipped.
         name: What errors call this quantizer.
 
     Attributes:
@@ -53,12 +62,13 @@ class LsqQuantizer(nn.Module):
         relu_max: None: ``x`` is quantized as it is. A number: ``min(relu(x), relu_max)`` is, in the
             same pass and with the same gradients; infinity is ReLU, 6 is ReLU6. Only an unsigned
             quantizer can.
+        observe: None, or what is called with ``x``, which then is not quantized.
         scale: Parameter, ``[len(bits)]`` or ``[len(bits), channels]``: the step sizes.
         initialized: Buffer ``[len(bits)]``, whether a step size has its start value.
 
     Raises:
         ValueError: A bit-width is outside 2 to 16 or stands twice, or there is none; a bound of the
-            scales is not positive, or the lower one is above the upper one.
+            scales is not positive, or the lower one is above the upper one; there is no such rule.
     """
 
     initialized: Tensor
@@ -74,9 +84,11 @@ class LsqQuantizer(nn.Module):
         channel_axis: int = 0,
         scale_min: float = SCALE_MIN,
         scale_max: float = math.inf,
+        scale_start: ScaleStart = "mse",
         name: str = "",
     ) -> None:
         super().__init__()
+        self.scale_start = check_rule(scale_start)
         self.bits = check_candidates(bits)
         self.symmetric = symmetric
         self.channel_axis = None if channels is None else channel_axis
@@ -85,6 +97,7 @@ class LsqQuantizer(nn.Module):
         self.name = name
         self.relu_max: float | None = None
         self.selected: Tensor | None = None
+        self.observe: Callable[[Tensor], None] | None = None
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.scale = nn.Parameter(torch.ones(shape))
         _check_bounds(name or "quantizer", scale_min, scale_max, self.scale.dtype)
@@ -157,6 +170,9 @@ class LsqQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` at the selected bit-width: the same shape, dtype and memory format."""
+        if self.observe is not None:
+            self.observe(x if self.relu_max is None else F.hardtanh(x, 0.0, self.relu_max))
+            return x
         if self.selected is not None:
             return self._forward_selected(x, self.selected)
         if not self._ready[self._index]:
@@ -235,10 +251,18 @@ class WeightQuantizer(LsqQuantizer):
         Raises:
             ValueError: The weights are all 0.
         """
+        found: Distribution | None = None
         for index, width in enumerate(self.bits):
             if self._ready[index]:
                 continue
-            scale = weight_start_scale(weight, width, channel_axis=self.channel_axis)
+            if self.scale_start == "lsq":
+                scale = weight_start_scale(weight, width, channel_axis=self.channel_axis)
+            elif weight.is_meta:
+                scale = torch.empty_like(self.scale[index])
+            else:
+                found = found or Distribution.of(weight, self.channel_axis)
+                scale = start_scales(found, self.scale_start, *self.thresholds(width))
+                scale = scale if self.channel_axis is not None else scale[0]
             if not weight.is_meta:
                 started = scale != 0
                 if not bool(started.any()):
@@ -279,6 +303,15 @@ class ActivationQuantizer(LsqQuantizer):
             )
         if x.numel() == 0:
             raise ValueError(f"{self.name or 'activation quantizer'}: the first batch is empty")
+        if self.scale_start != "lsq":
+            histogram = Histogram()
+            try:
+                histogram.add(x)
+            except ValueError as error:
+                name = self.name or "activation quantizer"
+                raise ValueError(f"{name}: the first batch: {error}") from None
+            self.start_from(histogram, [self._index])
+            return
         mean_and_lowest = torch.stack([x.float().abs().mean(), x.float().min()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             lowest = mean_and_lowest[1].clone()
@@ -291,17 +324,43 @@ class ActivationQuantizer(LsqQuantizer):
             raise ValueError(
                 f"{self.name or 'activation quantizer'}: the first batch has a NaN or an infinity"
             )
-        if mean == 0:
+        self._begin(lowest_value < 0, nothing=mean == 0)
+        _, quant_max = self.thresholds(self.selected_bits)
+        self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))
+
+    @torch.no_grad()
+    def start_from(self, histogram: Histogram, places: Sequence[int] | None = None) -> None:
+        """Give step sizes their start values, from the inputs of one or several batches.
+
+        In a run of several processes all call this, and all inputs count.
+
+        Args:
+            histogram: What was counted.
+            places: Of which bit-widths in ``bits``; None: of all that have none yet.
+
+        Raises:
+            ValueError: All inputs were 0.
+        """
+        histogram.share()
+        self._begin(histogram.lowest < 0, nothing=not histogram.bound)
+        found = histogram.distribution()
+        if places is None:
+            places = [place for place, ready in enumerate(self._ready) if not ready]
+        for place in places:
+            levels = self.thresholds(self.bits[place])
+            self.set_scale(place, start_scales(found, self.scale_start, *levels)[0])
+
+    def _begin(self, signed: bool, *, nothing: bool) -> None:
+        """Decide the sign, where it is not; ``nothing``: all that was seen is 0."""
+        if nothing:
             raise ValueError(
                 f"{self.name or 'activation quantizer'}: the first batch holds nothing but zeros,"
                 " which gives no step size to start at: begin with another batch, or exclude the"
                 " layer"
             )
         if self._signed is None:
-            self._decide(lowest_value < 0)
-            self.signed_range.fill_(int(lowest_value < 0))
-        _, quant_max = self.thresholds(self.selected_bits)
-        self.set_scale(self._index, 2 * mean_and_lowest[0] / math.sqrt(quant_max))
+            self._decide(signed)
+            self.signed_range.fill_(int(signed))
 
 
 def weight_start_scale(weight: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import math
 from typing import Final, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 ScaleStart = Literal["mse", "lsq", "max", "percentile"]
@@ -215,6 +216,38 @@ class Distribution:
         return torch.maximum(least, (-lowest).clamp(min=0) / -quant_min) if quant_min else least
 
 
+def start_scales(found: Distribution, rule: ScaleStart, quant_min: int, quant_max: int) -> Tensor:
+    """Where the step sizes of these values begin, ``[channels]``; 0 where all values are 0.
+
+    Args:
+        found: The values.
+        rule: "lsq" is that of activations, ``2 * mean|x| / sqrt(quant_max)`` (arXiv 1902.08153,
+            section 2.1); the others are the same for weights.
+        quant_min: Lowest level.
+        quant_max: Highest level.
+    """
+    if rule == "mse":
+        return found.least_error(quant_min, quant_max)
+    if rule == "max":
+        return found.no_clipping(quant_min, quant_max)
+    if rule == "percentile":
+        scale = found.percentile(PERCENTILE, quant_min, quant_max)
+        # Where nearly all values are 0, all others would be clipped to it.
+        return torch.where(scale > 0, scale, found.no_clipping(quant_min, quant_max))
+    return 2 * found.mean_magnitude / math.sqrt(quant_max)
+
+
+def check_rule(rule: str) -> ScaleStart:
+    """The rule, if there is one of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if rule not in SCALE_STARTS:
+        raise ValueError(f"scale_start is {rule!r}, expected one of {', '.join(SCALE_STARTS)}")
+    return rule  # type: ignore[return-value]  # as was just looked at
+
+
 class Histogram:
     """Counts of values over many batches, in bins that widen as larger values come.
 
@@ -268,6 +301,18 @@ class Histogram:
             self.counts = torch.zeros_like(self.counts)
             self.counts[quarter : 3 * quarter] = halves
             self.bound *= 2
+
+    def share(self) -> None:
+        """Add up what all processes counted, in each of them."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        assert self.counts is not None
+        ends = self.counts.new_tensor([self.bound, -self.lowest])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        bound, lowest = ends.tolist()
+        self.widen(bound)
+        self.lowest = -lowest
+        dist.all_reduce(self.counts)
 
     def distribution(self) -> Distribution:
         """What was counted, at the middles of the bins."""
