@@ -10,6 +10,7 @@ from limpq_ext.nn.quantizers import (
     WeightQuantizer,
     weight_start_scale,
 )
+from limpq_ext.nn.start_values import Distribution, Histogram, start_scales
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_candidates_must_be_there_and_differ():
 @pytest.mark.usefixtures("device")
 def test_weight_start_values_are_those_of_the_paper():
     weight = torch.randn(8, 4, 3, 3) + 0.3
-    quantizer = WeightQuantizer(weight, (2, 5))
+    quantizer = WeightQuantizer(weight, (2, 5), scale_start="lsq")
     mean, std = weight.mean(), weight.std()
     for bits, value in quantizer.values().items():
         wanted = max(abs(mean - 3 * std), abs(mean + 3 * std)) / 2 ** (bits - 1)
@@ -55,7 +56,7 @@ def test_weight_start_values_are_those_of_the_paper():
 @pytest.mark.usefixtures("device")
 def test_weight_start_values_per_channel():
     weight = torch.randn(8, 4, 3, 3)
-    quantizer = WeightQuantizer(weight, (2, 5), per_channel=True)
+    quantizer = WeightQuantizer(weight, (2, 5), per_channel=True, scale_start="lsq")
     assert quantizer.scale.shape == (2, 8)
     each = torch.stack([weight_start_scale(channel, 5) for channel in weight])
     torch.testing.assert_close(quantizer.scale[1], each)
@@ -71,7 +72,7 @@ def test_the_start_value_of_a_single_weight_is_finite():
 def test_activation_start_values_come_from_the_first_training_batch(signed):
     x = torch.randn(64, 10)
     x = x if signed else x.abs()
-    quantizer = ActivationQuantizer((3, 6)).train()
+    quantizer = ActivationQuantizer((3, 6), scale_start="lsq").train()
     quantizer.select(6)
     y = quantizer(x)
     quant_max = 31 if signed else 63
@@ -83,6 +84,68 @@ def test_activation_start_values_come_from_the_first_training_batch(signed):
     assert torch.equal(y, lsq_fake_quantize(x, quantizer.scale[1], quant_min, quant_max))
     quantizer(10 * x)
     assert float(quantizer.scale[1]) == pytest.approx(float(scale), rel=1e-6)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("rule", ["mse", "max", "percentile"])
+def test_weights_begin_by_the_rule(rule, per_channel):
+    weight = torch.randn(8, 4, 3, 3)
+    given = {} if rule == "mse" else {"scale_start": rule}
+    quantizer = WeightQuantizer(weight, (2, 5), per_channel=per_channel, **given)
+    found = Distribution.of(weight, 0 if per_channel else None)
+    for scale, (low, high) in zip(quantizer.scale, ((-2, 1), (-16, 15)), strict=True):
+        wanted = start_scales(found, rule, low, high).float()
+        torch.testing.assert_close(scale.detach().reshape(-1), wanted)
+    assert quantizer.initialized.all()
+
+
+@pytest.mark.usefixtures("device")
+def test_the_least_squared_error_is_less_than_where_lsq_begins():
+    weight = torch.randn(16, 8, 3, 3)
+    for bits in (2, 3, 4, 8):
+        errors = [
+            (WeightQuantizer(weight, (bits,), scale_start=rule)(weight) - weight).square().sum()
+            for rule in ("mse", "lsq", "max", "percentile")
+        ]
+        assert errors[0] == min(errors)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("rule", ["mse", "max", "percentile"])
+def test_activations_begin_by_the_rule_on_the_first_batch_of_each_bit_width(signed, rule):
+    x = torch.randn(64, 100) if signed else torch.rand(64, 100)
+    quantizer = ActivationQuantizer((3, 6), scale_start=rule).train()
+    for place, (bits, batch) in enumerate(((3, x), (6, 2 * x))):
+        quantizer.select(bits)
+        quantizer(batch)
+        levels = thresholds(bits, signed=signed)
+        wanted = float(start_scales(Distribution.of(batch), rule, *levels))
+        assert float(quantizer.scale[place]) == pytest.approx(wanted, rel=2e-2)
+    assert quantizer.signed is signed
+
+
+@pytest.mark.usefixtures("device")
+def test_what_is_observed_passes_unquantized_and_starts_all_bit_widths():
+    quantizer = ActivationQuantizer((2, 4, 8)).eval()
+    histogram = Histogram()
+    quantizer.observe = histogram.add
+    batches = [torch.rand(50), 3 * torch.rand(50)]
+    assert all(quantizer(x) is x for x in batches)
+    quantizer.observe = None
+    quantizer.start_from(histogram)
+    assert quantizer.initialized.all()
+    assert quantizer.signed is False
+    found = Distribution.of(torch.cat(batches))
+    for bits, value in quantizer.values().items():
+        wanted = float(found.least_error(0, 2**bits - 1))
+        assert value == pytest.approx(wanted, rel=2e-2)
+
+
+def test_a_rule_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="scale_start is 'best', expected one of mse, lsq, max, p"):
+        ActivationQuantizer((3,), scale_start="best")
 
 
 def test_evaluation_before_training_is_an_error_that_names_the_layer():
