@@ -14,6 +14,7 @@ from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
 from limpq_ext.data.datasets import DataOptions
 from limpq_ext.data.glyphs import CLASSES
 from limpq_ext.data.sources import canonical_name
+from limpq_ext.nn.start_values import ScaleStart
 from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS, check_candidates
 from limpq_ext.values.latency import LatencyTable
@@ -70,6 +71,9 @@ class QuantizationSection(_Section):
     symmetric_weights: bool = Field(False, description="without the lowest weight value")
     scale_max: float | None = Field(
         None, gt=0, description="upper bound of all scales; LIMPQ's own code uses 1.0"
+    )
+    scale_start: ScaleStart = Field(
+        "lsq", description="where step sizes begin: lsq, mse (least squared error), max, percentile"
     )
     fixed: tuple[str, ...] | None = Field(
         None, description="layers at 8 bits, by name or pattern; null: the first and the last"

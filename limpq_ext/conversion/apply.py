@@ -13,6 +13,7 @@ from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, arguments
 from limpq_ext.nn.layers import QuantizedLayer, quantizable_base, quantize_layer
 from limpq_ext.nn.network import quantized_layers
+from limpq_ext.nn.start_values import ScaleStart
 from limpq_ext.nn.swapping import swap_modules
 from limpq_ext.values.names import listed
 from limpq_ext.values.policy import Policy
@@ -26,6 +27,7 @@ def apply_policy(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
+    scale_start: ScaleStart = "lsq",
 ) -> nn.Module:
     """A copy of ``model`` with every layer at the bits that ``policy`` gives it.
 
@@ -44,6 +46,7 @@ def apply_policy(
         per_channel_weights: One weight scale per output channel, in layers that are float.
         symmetric_weights: Leave out the lowest value of the weights' range; likewise.
         scale_max: Upper bound of all scales; likewise.
+        scale_start: Where step sizes begin, as for :func:`prepare`; likewise.
 
     Raises:
         ValueError: The policy names a layer that the model does not have, that cannot be
@@ -76,6 +79,7 @@ def apply_policy(
             per_channel_weights=per_channel_weights,
             symmetric_weights=symmetric_weights,
             scale_max=scale_max,
+            scale_start=scale_start,
             name=name,
         )
     lacking = [name for name in quantized_layers(quantized) if name not in chosen]

@@ -16,6 +16,7 @@ from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import Inputs, arguments
 from limpq_ext.nn.layers import quantize_layer
 from limpq_ext.nn.network import select_bits
+from limpq_ext.nn.start_values import ScaleStart
 from limpq_ext.nn.swapping import swap_modules
 from limpq_ext.values.bits import check_candidates
 from limpq_ext.values.names import listed, matches
@@ -31,6 +32,7 @@ def prepare(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
+    scale_start: ScaleStart = "lsq",
 ) -> nn.Module:
     """A copy of ``model`` that joint training can run at any of ``bits``, layer by layer.
 
@@ -55,6 +57,8 @@ def prepare(
             indicator of a layer is then their mean.
         symmetric_weights: Leave out the lowest value of the weights' range.
         scale_max: Upper bound of all scales; LIMPQ's own code uses 1.0.
+        scale_start: Where step sizes begin: "lsq" as LSQ and LIMPQ do, "mse" at the least squared
+            error, "max" without clipping, "percentile" with one value in 10,000 clipped.
 
     Returns:
         The prepared copy, of the same class, on the same device and in the same mode.
@@ -82,6 +86,7 @@ def prepare(
             per_channel_weights=per_channel_weights,
             symmetric_weights=symmetric_weights,
             scale_max=scale_max,
+            scale_start=scale_start,
             name=name,
         )
     for name, source in found.norm_sources.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limpq_ext.nn.quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
+from limpq_ext.nn.start_values import ScaleStart
 from limpq_ext.nn.swapping import OfMadeClass, in_place_of, made_class, with_class
 
 
@@ -133,6 +134,7 @@ def quantize_layer(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = float("inf"),
+    scale_start: ScaleStart = "lsq",
     name: str = "",
 ) -> QuantizedLayer:
     """A quantized layer that shares the parameters of ``module``, also of a subclass.
@@ -147,6 +149,7 @@ def quantize_layer(
             per output channel of a group, which is the second axis of its weight.
         symmetric_weights: Leave out the lowest weight value, so that the range is symmetric.
         scale_max: Upper bound of the scales in use.
+        scale_start: Where the step sizes begin, as for `LsqQuantizer`.
         name: What errors call the layer.
 
     Raises:
@@ -167,10 +170,14 @@ def quantize_layer(
         channel_axis=int(getattr(module, "transposed", False)),
         symmetric=symmetric_weights,
         scale_max=scale_max,
+        scale_start=scale_start,
         name=f"layer '{name}': weight quantizer",
     )
     input_quantizer = ActivationQuantizer(
-        activation_bits, scale_max=scale_max, name=f"layer '{name}': input quantizer"
+        activation_bits,
+        scale_max=scale_max,
+        scale_start=scale_start,
+        name=f"layer '{name}': input quantizer",
     ).to(weight.device)
     layer = quantized_twin(module, weight_quantizer, input_quantizer)
     layer.train(module.training)

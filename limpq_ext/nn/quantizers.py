@@ -84,7 +84,7 @@ class LsqQuantizer(nn.Module):
         channel_axis: int = 0,
         scale_min: float = SCALE_MIN,
         scale_max: float = math.inf,
-        scale_start: ScaleStart = "mse",
+        scale_start: ScaleStart = "lsq",
         name: str = "",
     ) -> None:
         super().__init__()

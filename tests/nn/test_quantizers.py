@@ -91,8 +91,7 @@ def test_activation_start_values_come_from_the_first_training_batch(signed):
 @pytest.mark.parametrize("rule", ["mse", "max", "percentile"])
 def test_weights_begin_by_the_rule(rule, per_channel):
     weight = torch.randn(8, 4, 3, 3)
-    given = {} if rule == "mse" else {"scale_start": rule}
-    quantizer = WeightQuantizer(weight, (2, 5), per_channel=per_channel, **given)
+    quantizer = WeightQuantizer(weight, (2, 5), per_channel=per_channel, scale_start=rule)
     found = Distribution.of(weight, 0 if per_channel else None)
     for scale, (low, high) in zip(quantizer.scale, ((-2, 1), (-16, 15)), strict=True):
         wanted = start_scales(found, rule, low, high).float()
@@ -128,7 +127,7 @@ def test_activations_begin_by_the_rule_on_the_first_batch_of_each_bit_width(sign
 
 @pytest.mark.usefixtures("device")
 def test_what_is_observed_passes_unquantized_and_starts_all_bit_widths():
-    quantizer = ActivationQuantizer((2, 4, 8)).eval()
+    quantizer = ActivationQuantizer((2, 4, 8), scale_start="mse").eval()
     histogram = Histogram()
     quantizer.observe = histogram.add
     batches = [torch.rand(50), 3 * torch.rand(50)]

@@ -14,6 +14,8 @@ from limpq_ext import (
     select_bits,
 )
 from limpq_ext.nn.layers import quantize_layer
+from limpq_ext.nn.start_values import Histogram, start_scales
+from limpq_ext.training.correction import correct_statistics
 
 
 def images(count, seed=0):
@@ -46,6 +48,75 @@ def test_a_calibrated_prepared_model_has_indicators_that_fall_with_bits():
     for layer in found.layers:
         assert layer.weight[2] > layer.weight[4] > layer.weight[6]
         assert layer.activation[2] > layer.activation[4] > layer.activation[6]
+
+
+@pytest.mark.parametrize("rule", ["mse", "max", "percentile"])
+def test_scales_of_other_rules_begin_from_all_batches_run_in_float(rule):
+    torch.manual_seed(0)
+    reference = Depthwise().eval()
+    batches = images(3)
+    model = prepare(
+        reference, (2, 4), example_input=batches[0][0], fixed=["head"], scale_start=rule
+    )
+    calibrate(model, iter(batches))
+    histogram = Histogram()
+    reference.stem[0].register_forward_pre_hook(lambda _, inputs: histogram.add(inputs[0]))
+    for x, _ in batches:
+        reference(x)
+    quantizer = model.stem[0].input_quantizer
+    found = histogram.distribution()
+    for scale, levels in zip(quantizer.scale.tolist(), ((-2, 1), (-8, 7)), strict=True):
+        assert scale == pytest.approx(float(start_scales(found, rule, *levels)), rel=1e-6)
+    for layer in quantized_layers(model).values():
+        assert layer.input_quantizer.initialized.all()
+        assert layer.input_quantizer.observe is None
+    assert all(not module.training for module in model.modules())
+
+
+def test_what_was_started_before_keeps_its_scales():
+    model = prepare(Depthwise(), (2, 4), example_input=images(1)[0][0], scale_start="mse")
+    calibrate(model, images(1))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "scale" in name}
+    calibrate(model, images(2, seed=5))
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("bits", [(3,), (2, 4)])
+def test_with_a_reference_statistics_are_corrected_at_every_bit_width(bits):
+    torch.manual_seed(0)
+    reference = Depthwise().eval()
+    batches = images(2)
+    model = prepare(reference, bits, example_input=batches[0][0], scale_start="mse")
+    calibrate(model, batches, reference=reference)
+    twin = prepare(reference, bits, example_input=batches[0][0], scale_start="mse")
+    twin.load_state_dict(
+        {
+            name: reference.state_dict().get(name, value).expand(value.shape)
+            if "running" in name or "bias" in name
+            else value
+            for name, value in model.state_dict().items()
+        }
+    )
+    for width in bits:
+        select_bits(twin, width)
+        correct_statistics(twin, reference, batches)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_names_the_layer(bad):
+    batches = images(2)
+    batches[1][0][0, 0, 0, 0] = bad
+    model = prepare(
+        Depthwise(), (2, 4), example_input=batches[0][0], fixed=["head"], scale_start="mse"
+    )
+    with pytest.raises(
+        ValueError, match=r"layer 'stem\.0': input quantizer: a batch has a NaN or an"
+    ):
+        calibrate(model, batches)
+    assert all(layer.input_quantizer.observe is None for layer in quantized_layers(model).values())
 
 
 def test_there_has_to_be_something_to_calibrate():
