@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from limpq_ext.allocation.budgets import in_words
 from limpq_ext.allocation.search import search
 from limpq_ext.app.check import check
 from limpq_ext.app.locks import only_one
@@ -265,6 +266,7 @@ def _budgets_in_words(policy: Policy) -> list[str]:
     if not policy.budgets:
         return ["search: no budget limits the policy"]
     return [
-        f"search: {budget.name} limit {budget.limit:,.10g}, used {budget.used:,.10g}"
+        f"search: {name} limit {in_words(name, budget.limit)}, used {in_words(name, budget.used)}"
         for budget in policy.budgets
+        for name in (budget.name,)
     ]

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from limpq_ext import Costs, Policy
+from limpq_ext.allocation.budgets import in_words
 from limpq_ext.app import locks as exclusive
 from limpq_ext.app.locks import only_one
 
@@ -394,7 +395,8 @@ def test_a_run_says_what_each_budget_allows_and_what_is_used(copied, limpq):
     policy = Policy.load(out / "policy.json")
     assert [budget.name for budget in policy.budgets] == ["size", "compression"]
     for budget in policy.budgets:
-        assert f"search: {budget.name} limit {budget.limit:,.10g}, used " in said
+        limit = in_words(budget.name, budget.limit)
+        assert f"search: {budget.name} limit {limit}, used " in said
 
 
 def test_the_seed_of_the_data_belongs_to_what_it_chooses(finished, limpq):
