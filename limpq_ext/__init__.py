@@ -32,6 +32,8 @@ def __getattr__(name: str) -> Any:
         return metadata.version("limpq_ext")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] is None:  # a room
+        return importlib.import_module(f".{name}", __name__)
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -1,4 +1,5 @@
 # What people import, and where it is defined: read by type checkers, and by __init__.py.
+from . import scores as scores
 from .allocation.budgets import ShareOf8Bit as ShareOf8Bit
 from .allocation.budgets import UniformLevel as UniformLevel
 from .allocation.budgets import of_8bit as of_8bit

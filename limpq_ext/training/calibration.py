@@ -50,7 +50,7 @@ def calibrate(model: nn.Module, batches: Batches, *, reference: nn.Module | None
     candidates = sorted({bits for layer in layers.values() for bits in layer.weight_quantizer.bits})
     several = any(len(layer.weight_quantizer.bits) > 1 for layer in layers.values())
     with modes_kept(model):
-        _start_from_all(model, batches)
+        start_scales_from(model, batches)
     with modes_kept(model), buffers_kept(model):
         _start_training(model)
         for module in model.modules():
@@ -83,8 +83,17 @@ def _each_selected(model: nn.Module, candidates: Sequence[int]) -> Iterator[None
         select_bits(model, selected)
 
 
-def _start_from_all(model: nn.Module, batches: Batches) -> None:
-    """Start the activation scales that do not begin as LSQ's do: all batches in float, observed."""
+def start_scales_from(model: nn.Module, batches: Batches) -> None:
+    """Start the activation scales that do not begin as LSQ's do: all batches in float, observed.
+
+    Args:
+        model: What :func:`limpq_ext.prepare` or :func:`limpq_ext.apply_policy` returned; it is left
+            in evaluation mode.
+        batches: Some batches; their targets do not matter.
+
+    Raises:
+        ValueError: A layer sees nothing but zeros, or what is not finite.
+    """
     quantizers = [module for module in model.modules() if isinstance(module, LsqQuantizer)]
     waiting = {
         quantizer: Histogram()
