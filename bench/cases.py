@@ -314,24 +314,23 @@ def _build_multi(
     rows, mins, maxs = list(range(count)), [r[0] for r in ranges], [r[1] for r in ranges]
     guard = (SCALE_MIN, math.inf)
 
+    def alone(k: int, factor: float) -> tuple[object, ...]:
+        return [k], [mins[k]], [maxs[k]], None, [factor], *guard
+
     def forward(given: MultiInput) -> Tensor:
         x, scales, _ = given
-        return torch.ops.limpq_ext.fake_quantize_multi(
-            x, scales, rows, mins, maxs, None, factors, *guard
-        )
+        return torch.ops.limpq_ext.fake_quantize(x, scales, rows, mins, maxs, None, factors, *guard)
 
     def five_forwards(given: MultiInput) -> list[Tensor]:
         x, scales, _ = given
         return [
-            torch.ops.limpq_ext.fake_quantize(
-                x, scales, k, mins[k], maxs[k], None, factors[k], *guard
-            )
+            torch.ops.limpq_ext.fake_quantize(x, scales, *alone(k, factors[k]), stacked=False)
             for k in rows
         ]
 
     def backward(given: MultiInput) -> tuple[Tensor, Tensor]:
         x, scales, grads = given
-        return torch.ops.limpq_ext.fake_quantize_multi_backward(
+        return torch.ops.limpq_ext.fake_quantize_backward(
             grads, x, scales, rows, mins, maxs, None, factors, *guard
         )
 
@@ -340,7 +339,7 @@ def _build_multi(
         total = dscale = None
         for k in rows:
             dx, dscale_k = torch.ops.limpq_ext.fake_quantize_backward(
-                grads[k], x, scales, k, mins[k], maxs[k], None, factors[k], *guard
+                grads[k], x, scales, *alone(k, factors[k]), stacked=False
             )
             total = dx if total is None else total.add_(dx)
             dscale = dscale_k if dscale is None else dscale.add_(dscale_k)
@@ -409,9 +408,12 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
     rows = list(range(len(BITS)))
     guard = (SCALE_MIN, math.inf)
 
+    def alone(k: int, factor: float) -> tuple[object, ...]:
+        return [k], [mins[k]], [maxs[k]], None, [factor], *guard
+
     def call_per_layer(_: object) -> tuple[Tensor, ...]:
         ys = [
-            torch.ops.limpq_ext.fake_quantize_multi(
+            torch.ops.limpq_ext.fake_quantize(
                 weight, scale, rows, mins, maxs, None, [h.grad_factor for h in hows], *guard
             )
             for weight, scale, hows in zip(weights, scales, quantizers, strict=True)
@@ -421,7 +423,7 @@ def _build_resnet(device: str, *, with_bank: bool) -> Workload:
     def call_each(_: object) -> tuple[Tensor, ...]:
         ys = [
             torch.ops.limpq_ext.fake_quantize(
-                weight, scale, k, mins[k], maxs[k], None, hows[k].grad_factor, *guard
+                weight, scale, *alone(k, hows[k].grad_factor), stacked=False
             )
             for weight, scale, hows in zip(weights, scales, quantizers, strict=True)
             for k in rows

@@ -71,13 +71,14 @@ def fused(x: Tensor, scale: Tensor, how: Thresholds) -> Tensor:
     return torch.ops.limpq_ext.fake_quantize(
         x,
         scale,
-        0,
-        how.quant_min,
-        how.quant_max,
+        [0],
+        [how.quant_min],
+        [how.quant_max],
         how.channel_axis,
-        how.grad_factor,
+        [how.grad_factor],
         SCALE_MIN,
         math.inf,
+        stacked=False,
     )
 
 

@@ -46,34 +46,28 @@ std::string build_info() {
 // The namespace is the package's name: who meets one of these operators in a file that
 // torch.export saved reads there what to import.
 STABLE_TORCH_LIBRARY(limpq_ext, m) {
-#define LIMPQ_RANGE                                                       \
-  "int quant_min, int quant_max, int? channel_axis, float? grad_factor, " \
-  "float scale_min, float scale_max, float? relu_max=None)"
 #define LIMPQ_RANGES                                                               \
   "int[] quant_mins, int[] quant_maxs, int? channel_axis, float[]? grad_factors, " \
-  "float scale_min, float scale_max, float? relu_max=None)"
+  "float scale_min, float scale_max, float? relu_max=None"
+#define LIMPQ_LIST "int[] scale_rows, " LIMPQ_RANGES ", bool stacked=True)"
 #define LIMPQ_BANK                                                         \
   "int[] counts, int[] quant_mins, int[] quant_maxs, int[] channel_axes, " \
   "float[] scale_mins, float[] scale_maxs)"
-  m.def("fake_quantize(Tensor x, Tensor scale, int scale_row, " LIMPQ_RANGE " -> Tensor");
-  m.def("fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, int scale_row, " LIMPQ_RANGE
+  m.def("fake_quantize(Tensor x, Tensor scale, " LIMPQ_LIST " -> Tensor");
+  m.def("fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, " LIMPQ_LIST
         " -> (Tensor, Tensor)");
-  m.def("fake_quantize_multi(Tensor x, Tensor scale, int[] scale_rows, " LIMPQ_RANGES " -> Tensor");
-  m.def(
-      "fake_quantize_multi_backward(Tensor grad, Tensor x, Tensor scale, int[] "
-      "scale_rows, " LIMPQ_RANGES " -> (Tensor, Tensor)");
   m.def("fake_quantize_selected(Tensor x, Tensor scale, Tensor selected, " LIMPQ_RANGES
-        " -> Tensor");
+        ") -> Tensor");
   m.def(
       "fake_quantize_selected_backward(Tensor grad, Tensor x, Tensor scale, Tensor "
-      "selected, " LIMPQ_RANGES " -> (Tensor, Tensor)");
+      "selected, " LIMPQ_RANGES ") -> (Tensor, Tensor)");
   m.def("bank_forward(Tensor[] weights, Tensor[] scales, Tensor(a!)[] outputs, " LIMPQ_BANK
         " -> ()");
   m.def("bank_backward(Tensor[] grads, int[] places, Tensor[] weights, Tensor[] scales, " LIMPQ_BANK
         " -> (Tensor[], Tensor[])");
   m.def("build_info() -> str");
-#undef LIMPQ_RANGE
 #undef LIMPQ_RANGES
+#undef LIMPQ_LIST
 #undef LIMPQ_BANK
 }
 

@@ -2,8 +2,8 @@
 // instantiate Operators, each with a device of its own; neither knows the other's.
 //
 // Only torch's stable ABI is used, so a binary that was built with one torch loads in every later
-// one. What that ABI lacks is in Python (limpq_ext/ops.py): autograd, shapes for torch.compile, and
-// the types of exceptions.
+// one. What that ABI lacks is in Python (limpq_ext/kernels/ops.py): autograd, shapes for
+// torch.compile, and the types of exceptions.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -36,7 +36,7 @@ using List = torch::headeronly::HeaderOnlyArrayRef<T>;
 
 // --- errors -------------------------------------------------------------------------------------
 
-/// Raises an error that limpq_ext/ops.py turns into the named Python exception.
+/// Raises an error that limpq_ext/kernels/ops.py turns into the named Python exception.
 template <typename... Parts>
 [[noreturn]] void refuse(const char* exception, const Parts&... parts) {
   std::ostringstream message;
@@ -456,45 +456,28 @@ struct Operators {
                             [&] { Device::run_backward(problems, count, like); });
   }
 
-  // --- one bit-width
+  // --- a list of bit-widths
 
-  static Tensor fake_quantize(const Tensor& x, const Tensor& scale, int64_t scale_row,
-                              int64_t quant_min, int64_t quant_max,
+  static void check_list(const Tensor& x, const Tensor& scale, const Quantization& how,
+                         bool stacked) {
+    check_arguments(x, scale, how);
+    LIMPQ_CHECK("ValueError", stacked || how.count() == 1, "fake_quantize: ", how.count(),
+                " bit-widths, expected 1 where they are not stacked");
+  }
+
+  /// [bit-widths, *x.shape]; of one bit-width that is not stacked, x's shape.
+  static Tensor fake_quantize(const Tensor& x, const Tensor& scale,
+                              const std::vector<int64_t>& scale_rows,
+                              const std::vector<int64_t>& quant_mins,
+                              const std::vector<int64_t>& quant_maxs,
                               std::optional<int64_t> channel_axis,
-                              std::optional<double> /* grad_factor */, double scale_min,
-                              double scale_max, std::optional<double> relu_max) {
-    const Quantization how = {scale_row,    quant_min, quant_max, std::nullopt,
-                              channel_axis, scale_min, scale_max, relu_max};
-    check_arguments(x, scale, how);
-    return forward_of(x, scale, how);
-  }
-
-  static std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
-                                                           const Tensor& scale, int64_t scale_row,
-                                                           int64_t quant_min, int64_t quant_max,
-                                                           std::optional<int64_t> channel_axis,
-                                                           std::optional<double> grad_factor,
-                                                           double scale_min, double scale_max,
-                                                           std::optional<double> relu_max) {
-    const Quantization how = {scale_row,    quant_min, quant_max, grad_factor,
-                              channel_axis, scale_min, scale_max, relu_max};
-    check_arguments(x, scale, how);
-    return backward_of(grad, x, scale, how);
-  }
-
-  // --- many bit-widths
-
-  static Tensor fake_quantize_multi(const Tensor& x, const Tensor& scale,
-                                    const std::vector<int64_t>& scale_rows,
-                                    const std::vector<int64_t>& quant_mins,
-                                    const std::vector<int64_t>& quant_maxs,
-                                    std::optional<int64_t> channel_axis,
-                                    const std::optional<std::vector<double>>& /* grad_factors */,
-                                    double scale_min, double scale_max,
-                                    std::optional<double> relu_max) {
+                              const std::optional<std::vector<double>>& /* grad_factors */,
+                              double scale_min, double scale_max, std::optional<double> relu_max,
+                              bool stacked) {
     const Quantization how = {scale_rows,   quant_mins, quant_maxs, std::nullopt,
                               channel_axis, scale_min,  scale_max,  relu_max};
-    check_arguments(x, scale, how);
+    check_list(x, scale, how, stacked);
+    if (!stacked) return forward_of(x, scale, how);
     const Tensor x_dense = as_dense(x);
     // One buffer; each bit-width's slice is laid out in memory as x is.
     std::vector<int64_t> sizes = {how.count()}, strides = {std::max<int64_t>(x.numel(), 1)};
@@ -505,19 +488,20 @@ struct Operators {
     return y;
   }
 
-  /// `grad` is [bit-widths, *x.shape].
-  static std::tuple<Tensor, Tensor> fake_quantize_multi_backward(
+  /// `grad` has the shape of what fake_quantize gave.
+  static std::tuple<Tensor, Tensor> fake_quantize_backward(
       const Tensor& grad, const Tensor& x, const Tensor& scale,
       const std::vector<int64_t>& scale_rows, const std::vector<int64_t>& quant_mins,
       const std::vector<int64_t>& quant_maxs, std::optional<int64_t> channel_axis,
       const std::optional<std::vector<double>>& grad_factors, double scale_min, double scale_max,
-      std::optional<double> relu_max) {
+      std::optional<double> relu_max, bool stacked) {
     const Quantization how = {scale_rows,   quant_mins, quant_maxs, grad_factors,
                               channel_axis, scale_min,  scale_max,  relu_max};
-    check_arguments(x, scale, how);
+    check_list(x, scale, how, stacked);
+    if (!stacked) return backward_of(grad, x, scale, how);
     LIMPQ_CHECK("ValueError", grad.dim() == x.dim() + 1 && grad.size(0) == how.count(),
-                "fake_quantize_multi_backward: gradient has shape ", shape_of(grad), " for ",
-                how.count(), " bit-widths of ", shape_of(x));
+                "fake_quantize_backward: gradient has shape ", shape_of(grad), " for ", how.count(),
+                " bit-widths of ", shape_of(x));
     std::vector<Tensor> slices;
     for (int64_t k = 0; k < how.count(); ++k) {
       slices.push_back(torch::stable::select(grad, 0, k));
@@ -777,8 +761,6 @@ struct Operators {
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
     m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
-    m.impl("fake_quantize_multi", TORCH_BOX(&fake_quantize_multi));
-    m.impl("fake_quantize_multi_backward", TORCH_BOX(&fake_quantize_multi_backward));
     m.impl("fake_quantize_selected", TORCH_BOX(&fake_quantize_selected));
     m.impl("fake_quantize_selected_backward", TORCH_BOX(&fake_quantize_selected_backward));
     m.impl("bank_forward", TORCH_BOX(&bank_forward));

@@ -87,7 +87,9 @@ def lsq_fake_quantize(
     Source:
         Esser et al., "Learned Step Size Quantization", arXiv 1902.08153.
     """
-    how = (0, quant_min, quant_max, channel_axis, grad_factor, scale_min, scale_max, None)
+    factors = None if grad_factor is None else [grad_factor]
+    ranges = ([quant_min], [quant_max])
+    how = ([0], *ranges, channel_axis, factors, scale_min, scale_max, None, False)
     return fake_quantize(x, scale, how)
 
 
@@ -125,7 +127,7 @@ def lsq_fake_quantize_multi(
     factors = None if grad_factors is None else list(grad_factors)
     ranges = (list(quant_mins), list(quant_maxs))
     how = (rows, *ranges, channel_axis, factors, scale_min, scale_max, None)
-    return fake_quantize_multi(x, scales, how)
+    return fake_quantize(x, scales, how)
 
 
 def lsq_grad_factor(x: Tensor, quant_max: int, channel_axis: int | None = None) -> float:
@@ -180,7 +182,7 @@ _NO_SECOND_DERIVATIVE = (
 _NO_FORWARD_MODE = "fake_quantize has no forward-mode derivative; use backward()."
 _NO_VMAP = (
     "fake_quantize does not support torch.vmap: one call quantizes a whole batch; for several"
-    " scales use channel_axis or fake_quantize_multi."
+    " scales use channel_axis or lsq_fake_quantize_multi."
 )
 
 
@@ -302,13 +304,8 @@ def _call(forward: Any, backward: Any, how: How, *tensors: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, how: How) -> Tensor:
-    """The operator for one bit-width: ``how`` is what its schema has after ``x, scale``."""
+    """The operator for a list of bit-widths: ``how`` is what its schema has after ``scale``."""
     return _call(_FORWARD, _BACKWARD, how, x, scale)
-
-
-def fake_quantize_multi(x: Tensor, scale: Tensor, how: How) -> Tensor:
-    """The operator for many bit-widths."""
-    return _call(_FORWARD_MULTI, _BACKWARD_MULTI, how, x, scale)
 
 
 def fake_quantize_selected(x: Tensor, scale: Tensor, selected: Tensor, how: How) -> Tensor:
@@ -319,8 +316,6 @@ def fake_quantize_selected(x: Tensor, scale: Tensor, selected: Tensor, how: How)
 # Named overloads: without one, torch.ops tries all of them in every call.
 _FORWARD = _operators.fake_quantize.default
 _BACKWARD = _operators.fake_quantize_backward.default
-_FORWARD_MULTI = _operators.fake_quantize_multi.default
-_BACKWARD_MULTI = _operators.fake_quantize_multi_backward.default
 _FORWARD_SELECTED = _operators.fake_quantize_selected.default
 _BACKWARD_SELECTED = _operators.fake_quantize_selected_backward.default
 
@@ -337,21 +332,30 @@ def _check_devices(x: Tensor, *others: Tensor) -> None:
             )
 
 
-def _shape(x: Tensor, scale: Tensor, *how: object) -> Tensor:
+def _shape(
+    x: Tensor,
+    scale: Tensor,
+    scale_rows: list[int],
+    quant_mins: list[int],
+    quant_maxs: list[int],
+    channel_axis: int | None,
+    grad_factors: list[float] | None,
+    scale_min: float,
+    scale_max: float,
+    relu_max: float | None = None,
+    stacked: bool = True,
+) -> Tensor:
     _check_devices(x, scale)
-    return torch.empty_like(x)
+    slice_like = torch.empty_like(x)
+    if not stacked:
+        return slice_like
+    strides = (torch.sym_max(x.numel(), 1), *slice_like.stride())
+    return slice_like.new_empty_strided((len(scale_rows), *x.shape), strides)
 
 
 def _shape_selected(x: Tensor, scale: Tensor, selected: Tensor, *how: object) -> Tensor:
     _check_devices(x, scale, selected)
     return torch.empty_like(x)
-
-
-def _shape_multi(x: Tensor, scale: Tensor, scale_rows: list[int], *how: object) -> Tensor:
-    _check_devices(x, scale)
-    slice_like = torch.empty_like(x)
-    strides = (torch.sym_max(x.numel(), 1), *slice_like.stride())
-    return slice_like.new_empty_strided((len(scale_rows), *x.shape), strides)
 
 
 def _shape_backward(grad: Tensor, x: Tensor, scale: Tensor, *how: object) -> tuple[Tensor, Tensor]:
@@ -412,7 +416,6 @@ def _register(
 
 
 _register("fake_quantize", 2, _shape, _shape_backward)
-_register("fake_quantize_multi", 2, _shape_multi, _shape_backward)
 _register("fake_quantize_selected", 3, _shape_selected, _shape_selected_backward)
 torch.library.register_fake("limpq_ext::bank_forward", _shape_bank)
 torch.library.register_fake("limpq_ext::bank_backward", _shape_bank_backward)

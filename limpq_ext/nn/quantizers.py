@@ -178,8 +178,9 @@ class LsqQuantizer(nn.Module):
         if not self._ready[self._index]:
             self._start(x if self.relu_max is None else F.hardtanh(x, 0.0, self.relu_max))
         index = self._index
-        guard = (self.scale_min, self.scale_max)
-        how = (index, *self._ranges[index], self.channel_axis, None, *guard, self.relu_max)
+        quant_min, quant_max = self._ranges[index]
+        ranges = ([quant_min], [quant_max], self.channel_axis)
+        how = ([index], *ranges, None, self.scale_min, self.scale_max, self.relu_max, False)
         return fake_quantize(x, self.scale, how)
 
     def _forward_selected(self, x: Tensor, selected: Tensor) -> Tensor:

@@ -239,8 +239,8 @@ def test_forward_and_backward_are_one_launch_each(layout, count):
     x, scales = call.x.detach(), call.scales.detach()
     how = (LOWS[:count], HIGHS[:count], call.axis, [1.0] * count, 1e-5, math.inf)
     rows, scales, grad = list(range(count)), scales[:count], call.grad[:count]
-    forward = (torch.ops.limpq_ext.fake_quantize_multi, x, scales, rows, *how)
-    backward = (torch.ops.limpq_ext.fake_quantize_multi_backward, grad, x, scales, rows, *how)
+    forward = (torch.ops.limpq_ext.fake_quantize, x, scales, rows, *how)
+    backward = (torch.ops.limpq_ext.fake_quantize_backward, grad, x, scales, rows, *how)
     for operator, *arguments in (forward, backward):
         operator(*arguments)
         torch.cuda.synchronize()

@@ -226,8 +226,8 @@ def digest():
             y = lsq_fake_quantize(leaf, s, -8, 7, channel_axis=axis)
             y.backward(grad)
             values = [y.detach(), leaf.grad, s.grad]
-            how = (axis, 0.5, 1e-5, math.inf, 0.6)
-            y = torch.ops.limpq_ext.fake_quantize(leaf, s, 0, 0, 7, *how)
+            how = (axis, [0.5], 1e-5, math.inf, 0.6, False)
+            y = torch.ops.limpq_ext.fake_quantize(leaf, s, [0], [0], [7], *how)
             values += [y.detach(), *torch.autograd.grad(y, (leaf, s), grad)]
             if axis != 0:
                 rows = torch.stack([s.detach(), s.detach() * 2, s.detach() / 2]).requires_grad_()
@@ -288,7 +288,7 @@ def test_an_unknown_instruction_set_is_an_error():
 def operator_samples():
     x, scale = torch.randn(4, 6), torch.tensor([0.2, 0.3])
     per_channel = torch.rand(2, 6) + 0.1
-    one = (1, -4, 3, None, 0.5, 1e-5, math.inf)
+    one = ([1], [-4], [3], None, [0.5], 1e-5, math.inf, None, False)
     many = ([1, 0], [-4, -8], [3, 7], None, [0.5, 0.25], 1e-5, math.inf)
     ops = torch.ops.limpq_ext
     for wants in (False, True):
@@ -296,21 +296,24 @@ def operator_samples():
         c = per_channel.clone().requires_grad_(wants)
         last = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_(wants)
         yield ops.fake_quantize, (leaf, s, *one)
-        yield ops.fake_quantize, (last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
-        yield ops.fake_quantize, (leaf, s, 1, 0, 3, None, 0.5, 1e-5, math.inf, 6.0)
+        yield ops.fake_quantize, (last, c, [1], [-4], [3], 1, [0.5], 1e-5, math.inf, None, False)
+        yield ops.fake_quantize, (leaf, s, [1], [0], [3], None, [0.5], 1e-5, math.inf, 6.0, False)
         yield ops.fake_quantize_selected, (leaf, s, torch.tensor(1), *many[1:])
-        yield ops.fake_quantize_multi, (leaf, s, *many)
-        yield ops.fake_quantize_multi, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
+        yield ops.fake_quantize, (leaf, s, *many)
+        yield ops.fake_quantize, (last, c, [0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
     yield ops.fake_quantize_backward, (torch.randn(4, 6), x, scale, *one)
     yield (
         ops.fake_quantize_selected_backward,
         (torch.randn(4, 6), x, scale, torch.tensor(1), *many[1:]),
     )
-    yield ops.fake_quantize_multi_backward, (torch.randn(2, 4, 6), x, scale, *many)
+    yield ops.fake_quantize_backward, (torch.randn(2, 4, 6), x, scale, *many)
     grad, per_axis = torch.randn_like(last), ([0, 1], [-4, 0], [3, 15], 1, [1.0, 1.0], 1e-5, 2.0)
     last, c = last.detach(), per_channel
-    yield ops.fake_quantize_backward, (grad, last, c, 1, -4, 3, 1, 0.5, 1e-5, math.inf)
-    yield ops.fake_quantize_multi_backward, (torch.stack([grad, grad]), last, c, *per_axis)
+    yield (
+        ops.fake_quantize_backward,
+        (grad, last, c, [1], [-4], [3], 1, [0.5], 1e-5, math.inf, None, False),
+    )
+    yield ops.fake_quantize_backward, (torch.stack([grad, grad]), last, c, *per_axis)
     weights, scales = [x, last], [scale, c]
     bank = ([2, 2], [-4, -8, -4, 0], [3, 7, 3, 15], [-(2**63), 1], [1e-5] * 2, [math.inf] * 2)
     outputs = [torch.empty_like(weight) for weight in weights for _ in range(2)]
@@ -533,18 +536,21 @@ def test_wrong_numbers_of_bit_widths_are_named():
         lsq_fake_quantize_multi(x, torch.ones(1), [-2, -4], [1, 3])
     how = ([0, 0], [-2, -4], [1, 3], None, [1.0, 1.0], 1e-5, math.inf, None)
     with pytest.raises(ValueError, match="scale row 0 is used for two bit-widths"):
-        limpq_ops.fake_quantize_multi(x, torch.ones(1), how)
+        limpq_ops.fake_quantize(x, torch.ones(1), how)
+    how = ([0, 1], [-2, -4], [1, 3], None, None, 1e-5, math.inf, None, False)
+    with pytest.raises(ValueError, match="2 bit-widths, expected 1 where they are not stacked"):
+        limpq_ops.fake_quantize(x, torch.ones(2), how)
 
 
 def test_wrong_gradients_are_named():
     x, scale = torch.ones(4), torch.ones(2)
-    one = (0, -2, 1, None, 1.0, 1e-5, math.inf)
+    one = ([0], [-2], [1], None, [1.0], 1e-5, math.inf, None, False)
     many = ([0, 1], [-2, -4], [1, 3], None, [1.0, 1.0], 1e-5, math.inf)
     # The operators themselves know no other exception.
     with pytest.raises(RuntimeError, match=r"ValueError.*gradient has shape \[3\], x has \[4\]"):
         torch.ops.limpq_ext.fake_quantize_backward(torch.ones(3), x, scale, *one)
     with pytest.raises(RuntimeError, match=r"gradient has shape \[1, 4\] for 2 bit-widths"):
-        torch.ops.limpq_ext.fake_quantize_multi_backward(x[None], x, scale, *many)
+        torch.ops.limpq_ext.fake_quantize_backward(x[None], x, scale, *many)
 
 
 @pytest.mark.cuda
@@ -573,7 +579,7 @@ def check_relu(x, relu_max, scale, quant_max):
     scale = torch.tensor(scale, dtype=compute_dtype(x.dtype), requires_grad=True)
     x = x.detach().requires_grad_()
     y = torch.ops.limpq_ext.fake_quantize(
-        x, scale, 0, 0, quant_max, None, 0.5, 1e-5, math.inf, relu_max=relu_max
+        x, scale, [0], [0], [quant_max], None, [0.5], 1e-5, math.inf, relu_max, False
     )
     grad = torch.randn(x.shape).to(x)
     dx, dscale = torch.autograd.grad(y, (x, scale), grad)
@@ -609,7 +615,7 @@ def test_a_ceiling_is_rounded_to_the_dtype(dtype):
     results = []
     for relu_max in (6.1, float(torch.tensor(6.1, dtype=dtype))):
         y = torch.ops.limpq_ext.fake_quantize(
-            x, torch.tensor(0.9), 0, 0, 7, None, 0.5, 1e-5, math.inf, relu_max=relu_max
+            x, torch.tensor(0.9), [0], [0], [7], None, [0.5], 1e-5, math.inf, relu_max, False
         )
         results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
     for ours, reference in zip(*results, strict=True):
@@ -627,17 +633,17 @@ def test_every_operator_with_relu_is_the_operator_behind_relu(dtype, axis, relu_
     scale = torch.rand(rows, dtype=compute_dtype(dtype)) * 0.5 + 0.1
     many = ([0, 0, 0], [3, 15, 63], axis, [1.0, 0.5, 0.25], 1e-5, math.inf)
     ops = torch.ops.limpq_ext
-    calls = {
-        ops.fake_quantize: (1, 0, 15, axis, 0.5, 1e-5, math.inf),
-        ops.fake_quantize_selected: (torch.tensor(2), *many),
-        ops.fake_quantize_multi: ([2, 0, 1], *many),
-    }
-    for operator, how in calls.items():
+    calls = (
+        (ops.fake_quantize, ([1], [0], [15], axis, [0.5], 1e-5, math.inf), {"stacked": False}),
+        (ops.fake_quantize, ([2, 0, 1], *many), {}),
+        (ops.fake_quantize_selected, (torch.tensor(2), *many), {}),
+    )
+    for operator, how, options in calls:
         results = []
         for fused in (True, False):
             leaf, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
             given = leaf if fused else relu(leaf, relu_max)
-            y = operator(given, step, *how, relu_max=relu_max if fused else None)
+            y = operator(given, step, *how, relu_max=relu_max if fused else None, **options)
             grad = torch.sin(torch.arange(y.numel())).reshape(y.shape).to(y)
             results.append((y.detach(), *torch.autograd.grad(y, (leaf, step), grad)))
         for ours, reference in zip(*results, strict=True):
@@ -654,7 +660,7 @@ def test_every_operator_with_relu_is_the_operator_behind_relu(dtype, axis, relu_
     ],
 )
 def test_wrong_relus_are_named(quant_min, relu_max, message):
-    how = (0, quant_min, 7, None, 1.0, 1e-5, math.inf, relu_max)
+    how = ([0], [quant_min], [7], None, [1.0], 1e-5, math.inf, relu_max, False)
     with pytest.raises(ValueError, match=message):
         limpq_ops.fake_quantize(torch.randn(3), torch.ones(1), how)
 
@@ -674,7 +680,7 @@ def test_a_selected_bit_width_is_that_of_a_plain_call(dtype, axis, relu_max):
     factors, ops = [1.0, 0.5, 0.25], torch.ops.limpq_ext
     for k, (low, high) in enumerate(zip(*CANDIDATES.values(), strict=True)):
         plain = ops.fake_quantize(
-            x, scale, k, low, high, axis, factors[k], 1e-5, math.inf, relu_max=relu_max
+            x, scale, [k], [low], [high], axis, [factors[k]], 1e-5, math.inf, relu_max, False
         )
         chosen = ops.fake_quantize_selected(
             x,

@@ -96,14 +96,15 @@ def one_call(choose):
     used = list(range(count)) if form == "multi" else [choose.randrange(count)]
     leaf, rows = x.detach().requires_grad_(), scale.detach().requires_grad_()
     if form == "multi":
-        y = ops.fake_quantize_multi(leaf, rows, (used, lows, highs, *tail))
+        y = ops.fake_quantize(leaf, rows, (used, lows, highs, *tail))
     elif form == "selected":
         y = ops.fake_quantize_selected(leaf, rows, torch.tensor(used[0]), (lows, highs, *tail))[
             None
         ]
     else:
         k = used[0]
-        how = (k, lows[k], highs[k], axis, factor, *guard, relu_max)
+        factors = None if factor is None else [factor]
+        how = ([k], [lows[k]], [highs[k]], axis, factors, *guard, relu_max, False)
         y = ops.fake_quantize(leaf, rows, how)[None]
     given = grad[used].to(dtype)
     dx, dscale = torch.autograd.grad(y, (leaf, rows), given)

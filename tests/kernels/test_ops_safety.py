@@ -12,7 +12,7 @@ from limpq_ext import ActivationQuantizer, WeightBank, lsq_fake_quantize, lsq_fa
 from limpq_ext.kernels import ops
 from limpq_ext.nn.layers import quantize_layer
 
-HOW = (0, -4, 3, None, None, 1e-5, math.inf, None)
+HOW = ([0], [-4], [3], None, None, 1e-5, math.inf, None, False)
 MANY = ([0, 1], [-4, -8], [3, 7], None, None, 1e-5, math.inf, None)
 SELECTED = MANY[1:]
 
@@ -75,12 +75,12 @@ def test_a_tensor_on_the_meta_device_among_others_is_an_error(place):
             operators.fake_quantize_backward(grad, x, scale, *HOW)
         many = torch.stack([grad, grad])
         with pytest.raises(ValueError, match="different devices"):
-            operators.fake_quantize_multi_backward(many, x, scale, *MANY)
+            operators.fake_quantize_backward(many, x, scale, *MANY)
     if place in ("x", "scale"):
         with pytest.raises(ValueError, match="different devices"):
             ops.fake_quantize(x, scale, HOW)
         with pytest.raises(ValueError, match="different devices"):
-            ops.fake_quantize_multi(x, scale, MANY)
+            ops.fake_quantize(x, scale, MANY)
 
 
 def test_memory_that_was_freed_under_a_tensor_is_an_error():
@@ -102,7 +102,7 @@ def test_the_negative_bit_is_resolved():
     x, scale, grad = torch.randn(40), torch.tensor([0.1, 0.2]), torch.randn(40)
     calls = {
         "single": lambda x: ops.fake_quantize(x, scale, HOW),
-        "multi": lambda x: ops.fake_quantize_multi(x, scale, MANY),
+        "multi": lambda x: ops.fake_quantize(x, scale, MANY),
         "selected": lambda x: ops.fake_quantize_selected(x, scale, torch.tensor(1), SELECTED),
     }
     for call in calls.values():
@@ -133,10 +133,10 @@ def test_a_smallest_scale_counts_in_the_type_that_is_computed_with():
 def test_an_infinite_scale_behind_a_relu_has_the_gradient_of_the_chain(relu_max):
     x = torch.tensor([-math.inf, -1.0, 0.0, 2.0] * 20, requires_grad=True)
     scale = torch.tensor([math.inf], requires_grad=True)
-    how = (0, 0, 7, None, 1.0, 1e-5, math.inf)
-    y = ops.fake_quantize(x, scale, (*how, relu_max))
+    how = ([0], [0], [7], None, [1.0], 1e-5, math.inf)
+    y = ops.fake_quantize(x, scale, (*how, relu_max, False))
     behind = nn.functional.hardtanh(x, 0.0, relu_max)
-    expected = ops.fake_quantize(behind, scale, (*how, None))
+    expected = ops.fake_quantize(behind, scale, (*how, None, False))
     ours = torch.autograd.grad(y, (x, scale), torch.ones_like(y))
     plain = torch.autograd.grad(expected, (x, scale), torch.ones_like(y))
     for one, other in zip(ours, plain, strict=True):
