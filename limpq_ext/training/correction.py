@@ -14,7 +14,7 @@ input corrected.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -57,34 +57,28 @@ def correct_statistics(model: nn.Module, reference: nn.Module, batches: Batches)
     Raises:
         ValueError: There are no batches, or the reference is another network.
     """
-    x = _joined(batches, device_of(model))
+    x = joined_inputs(batches, device_of(model))
     # The same layers as in the quantized network, in attention too.
     reference = with_layers(reference, lambda _: False)
-    single = {name for name, layer in quantized_layers(model).items() if _is_single(layer)}
-    fed = set(trace(reference, x).norm_sources.values())
-    chosen = [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, _BatchNorm) and module.running_mean is not None)
-        or (name in single - fed and module.bias is not None)
-    ]
+    single = [name for name, layer in quantized_layers(model).items() if _is_single(layer)]
+    chosen = correctable(model, single, trace(reference, x).norm_sources)
     originals = dict(reference.named_modules())
     for name in chosen:
         if name not in originals:
             raise ValueError(f"the reference has no module '{name}': it is another network")
-    told = _Told(originals, chosen)
+    told = FloatMoments({name: originals[name] for name in chosen})
     with modes_kept(reference, model), told.listening():
         reference.eval()
         call(reference, x)
     modules = dict(model.named_modules())
     handles = []
     try:
-        for name in told.once():
+        for name, moments in told.once().items():
             module: Any = modules[name]
             if isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(_norm_hook(told.statistics[name])))
+                handles.append(module.register_forward_pre_hook(_norm_hook(moments)))
             else:
-                handles.append(module.register_forward_hook(_bias_hook(told.statistics[name][0])))
+                handles.append(module.register_forward_hook(_bias_hook(moments)))
         with modes_kept(model):
             model.eval()
             call(model, x)
@@ -94,22 +88,49 @@ def correct_statistics(model: nn.Module, reference: nn.Module, batches: Batches)
     broadcast_state(model)
 
 
-class _Told:
-    """What the modules of a float network tell in one forward: statistics by channel."""
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance of each channel, ``[channels]``, in float32 or, of float64, in float64."""
 
-    def __init__(self, modules: dict[str, nn.Module], names: list[str]) -> None:
-        self.modules = {name: modules[name] for name in names}
-        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
-        self._calls = dict.fromkeys(names, 0)
 
-    def once(self) -> list[str]:
-        """The names of the modules that ran, and no more than once."""
-        return [name for name, calls in self._calls.items() if calls == 1]
+def correctable(
+    model: nn.Module, layers: Collection[str], norm_sources: Mapping[str, str]
+) -> list[str]:
+    """The modules that are corrected: batch normalisation, and layers with a bias that feed none.
+
+    Args:
+        model: A network, float or quantized.
+        layers: Names of the layers whose biases may be corrected.
+        norm_sources: For each batch normalisation the layer that feeds it, as `trace` finds them.
+    """
+    fed = set(norm_sources.values())
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, _BatchNorm) and module.running_mean is not None)
+        or (name in layers and name not in fed and module.bias is not None)
+    ]
+
+
+class FloatMoments:
+    """What the modules that are corrected tell in one forward of the float network.
+
+    Args:
+        modules: By name, as `correctable` finds them.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._moments: dict[str, Moments] = {}
+        self._calls = dict.fromkeys(modules, 0)
+
+    def once(self) -> dict[str, Moments]:
+        """The moments of those that ran, and no more than once: of the input or the output."""
+        return {name: self._moments[name] for name, calls in self._calls.items() if calls == 1}
 
     def listening(self) -> ExitStack:
         """Hooks for as long as a block lasts."""
         stack = ExitStack()
-        for name, module in self.modules.items():
+        for name, module in self._modules.items():
             handle = module.register_forward_hook(self._hook(name))
             stack.callback(handle.remove)
         return stack
@@ -118,32 +139,65 @@ class _Told:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._calls[name] += 1
             of = inputs[0] if isinstance(module, _BatchNorm) else output
-            self.statistics[name] = _statistics(of, _channel_axis(module, of))
+            self._moments[name] = _moments(of, _channel_axis(module, of))
 
         return hook
 
 
-def _norm_hook(statistics: tuple[Tensor, Tensor]) -> Callable[..., None]:
+def corrected_statistics(
+    norm: nn.Module, x: Tensor, told: Moments, running: Mapping[str, Any]
+) -> Moments:
+    """Running mean and variance with what quantization moved in the input taken into account.
+
+    Args:
+        norm: The batch normalisation.
+        x: What comes into it in the quantized network.
+        told: The moments of its input in the float network.
+        running: Its ``running_mean`` and ``running_var``.
+    """
+    mean, variance = _moments(x, _channel_axis(norm, x))
+    float_mean, float_variance = told
+    ratio = torch.where(float_variance > 0, variance / float_variance, 1.0)
+    return (
+        running["running_mean"] + (mean - float_mean),
+        running["running_var"] * ratio.clamp(LEAST_RATIO, 1 / LEAST_RATIO),
+    )
+
+
+def correction_of_bias(layer: nn.Module, output: Tensor, told: Moments) -> Tensor:
+    """What has to be added to a bias, ``[channels]``, in the output's dtype.
+
+    Args:
+        layer: The layer.
+        output: What it puts out in the quantized network.
+        told: The moments of its output in the float network.
+    """
+    return (told[0] - _moments(output, _channel_axis(layer, output))[0]).to(output.dtype)
+
+
+def by_channel(values: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
+    """Values of channels in a shape that can be added to a layer's output."""
+    shape = [1] * output.dim()
+    shape[_channel_axis(layer, output)] = -1
+    return values.reshape(shape)
+
+
+def _norm_hook(told: Moments) -> Callable[..., None]:
     def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        mean, variance = _statistics(inputs[0], _channel_axis(module, inputs[0]))
-        float_mean, float_variance = statistics
         switched = isinstance(module, SwitchableBatchNorm)
         own: Any = module.row(module._row) if switched else module._buffers
-        ratio = torch.where(float_variance > 0, variance / float_variance, 1.0)
-        own["running_mean"] += mean - float_mean
-        own["running_var"] *= ratio.clamp(LEAST_RATIO, 1 / LEAST_RATIO)
+        mean, variance = corrected_statistics(module, inputs[0], told, own)
+        own["running_mean"].copy_(mean)
+        own["running_var"].copy_(variance)
 
     return hook
 
 
-def _bias_hook(float_mean: Tensor) -> Callable[..., Tensor]:
+def _bias_hook(told: Moments) -> Callable[..., Tensor]:
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        axis = _channel_axis(module, output)
-        moved_by = (float_mean - _statistics(output, axis)[0]).to(output.dtype)
-        module.bias += moved_by.to(module.bias.dtype)
-        shape = [1] * output.dim()
-        shape[axis] = -1
-        return output + moved_by.reshape(shape)
+        added = correction_of_bias(module, output, told)
+        module.bias += added.to(module.bias.dtype)
+        return output + by_channel(added, module, output)
 
     return hook
 
@@ -153,18 +207,23 @@ def _is_single(layer: QuantizedLayer) -> bool:
 
 
 def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
+    """The axis of the channels in what a layer puts out, or a normalisation takes."""
     return tensor.dim() - 1 if isinstance(module, nn.Linear) else 1
 
 
-def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, ``[channels]``."""
+def _moments(x: Tensor, axis: int) -> Moments:
     axes = [place for place in range(x.dim()) if place != axis]
-    variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+    computing = torch.float64 if x.dtype == torch.float64 else torch.float32
+    variance, mean = torch.var_mean(x.to(computing), dim=axes, correction=0)
     return mean, variance
 
 
-def _joined(batches: Batches, device: torch.device) -> Any:
-    """The inputs of all batches as those of one."""
+def joined_inputs(batches: Batches, device: torch.device) -> Any:
+    """The inputs of all batches as those of one.
+
+    Raises:
+        ValueError: There are no batches.
+    """
     inputs = [moved(batch, device)[0] for batch in batches]
     if not inputs:
         raise ValueError("there are no batches to correct statistics with")
