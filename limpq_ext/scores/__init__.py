@@ -5,5 +5,7 @@
 values. Begin with `one_at_a_time`, the plainest.
 """
 
+from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis
+from limpq_ext.scores.analysis import analyse as analyse
 from limpq_ext.scores.one_at_a_time import layerwise as layerwise
 from limpq_ext.scores.second_order import fisher as fisher
