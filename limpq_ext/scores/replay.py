@@ -75,11 +75,14 @@ class Replay:
         self._order: list[nn.Module] = []
         self._ends: list[int] = []
         self._kept: dict[int, _Kept] = {}
+        self._held = 0
+        self._all_kept = True
         self._advanced = 0
         # Of the forward that runs.
         self._next = 0
-        self._ordering = self._replaying = self._keeping = False
-        self._stop: int | None = None
+        self._ordering = self._keeping = False
+        self._replayed_until = 0
+        self._stops = False
         self._copies = 1
         self._treated = False
         self._watched: list[_Watched] | None = None
@@ -132,9 +135,10 @@ class Replay:
         """
         self._inputs = inputs
         self._order, self._ends, self._kept = [], [], {}
-        self._advanced = self.widest = 0
+        self._held = self._advanced = self.widest = 0
+        self._all_kept = True
         before = _state_of(self._network)
-        output = self._forward(ordering=True)
+        output = self._forward(ordering=True, keeping=bool(self._memory))
         self._changes_itself |= not _are_equal(before, _state_of(self._network))
         return output
 
@@ -175,9 +179,26 @@ class Replay:
         proven = layer in self._proven and not self._changes_itself and not self._unlike()
         begin = 0 if layer is None or not proven else self._begin(layer)
         if begin > self._advanced:
-            self._forward(stop=begin, keeping=True, replaying=True)
-            self._advanced = begin
-        return self._forward(copies=copies, treated=True, replaying=0 < self._advanced == begin)
+            self._advance(begin)
+        return self._forward(
+            copies=copies, treated=True, replayed_until=begin if begin == self._advanced else 0
+        )
+
+    def _advance(self, begin: int) -> None:
+        """Have what ended before a call begins, and nothing that lies within another of these."""
+        self._advanced = begin
+        self._drop_inner()
+        if not self._all_kept:
+            self._forward(replayed_until=begin, stops=True, keeping=True)
+            self._drop_inner()
+
+    def _drop_inner(self) -> None:
+        covered = 0
+        for number in sorted(self._kept):
+            if number < covered:
+                self._held -= _bytes(self._kept.pop(number).leaves)
+            elif self._ends[number] <= self._advanced:
+                covered = self._ends[number]
 
     def copies_of(self, module: nn.Module, x: Tensor, copies: int) -> tuple[Tensor, ...]:
         """The parts of what a module is given that belong to each of the copies."""
@@ -216,23 +237,23 @@ class Replay:
         self,
         *,
         ordering: bool = False,
-        replaying: bool = False,
         keeping: bool = False,
         treated: bool = False,
-        stop: int | None = None,
+        replayed_until: int = 0,
+        stops: bool = False,
         copies: int = 1,
     ) -> Any:
         self._next = 0
-        self._ordering, self._replaying, self._keeping = ordering, replaying, keeping
-        self._treated, self._stop, self._copies = treated, stop, copies
+        self._ordering, self._keeping, self._treated = ordering, keeping, treated
+        self._replayed_until, self._stops, self._copies = replayed_until, stops, copies
         positional, keywords = arguments(_repeated(self._inputs, copies))
         try:
             return self._network(*positional, **keywords)
         except _ReachedError:
             return None
         finally:  # a parametrization is a module that may be called at any time
-            self._ordering = self._replaying = self._keeping = self._treated = False
-            self._stop = None
+            self._ordering = self._keeping = self._treated = self._stops = False
+            self._replayed_until = 0
 
     def _in_place_of(self, module: nn.Module) -> Forward:
         forward: Any = module.forward
@@ -246,10 +267,10 @@ class Replay:
         self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         number = self._next
-        if self._replaying and number in self._kept:
+        if number in self._kept and self._ends[number] <= self._replayed_until:
             self._next = self._ends[number]
             return self._again(module, self._kept[number])
-        if number == self._stop:
+        if self._stops and number == self._replayed_until:
             raise _ReachedError
         self._next += 1
         given = _Given(args, kwargs) if self._keeping else None
@@ -270,16 +291,13 @@ class Replay:
         return output
 
     def _keep(self, number: int, output: Any) -> None:
-        """Keep what a call returned, in the place of what the calls within it did."""
-        end = self._ends[number]
+        """Keep what a call returned, if there is room."""
         leaves, form = tree_flatten(output)
-        within = [other for other in self._kept if number < other < end]
-        held = sum(_bytes(kept.leaves) for place, kept in self._kept.items() if place not in within)
-        if held + _bytes(leaves) > self._memory:
+        if self._held + _bytes(leaves) > self._memory:
+            self._all_kept = False
             return
-        for other in within:
-            del self._kept[other]
         self._kept[number] = _Kept(_copied(leaves), form)
+        self._held += _bytes(leaves)
 
     def _again(self, module: nn.Module, kept: _Kept) -> Any:
         """What a call returned, in tensors of its own, for all copies."""
