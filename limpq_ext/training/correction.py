@@ -27,7 +27,7 @@ from limpq_ext.graph.trace import trace
 from limpq_ext.nn.attention import with_layers
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call, moved
-from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.layers import QuantizedLayer, quantizable_base
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.training.batches import Batches
 from limpq_ext.training.distributed import broadcast_state
@@ -57,35 +57,75 @@ def correct_statistics(model: nn.Module, reference: nn.Module, batches: Batches)
     Raises:
         ValueError: There are no batches, or the reference is another network.
     """
-    x = joined_inputs(batches, device_of(model))
-    # The same layers as in the quantized network, in attention too.
-    reference = with_layers(reference, lambda _: False)
-    single = [name for name, layer in quantized_layers(model).items() if _is_single(layer)]
-    chosen = correctable(model, single, trace(reference, x).norm_sources)
-    originals = dict(reference.named_modules())
-    for name in chosen:
-        if name not in originals:
-            raise ValueError(f"the reference has no module '{name}': it is another network")
-    told = FloatMoments({name: originals[name] for name in chosen})
-    with modes_kept(reference, model), told.listening():
-        reference.eval()
-        call(reference, x)
-    modules = dict(model.named_modules())
-    handles = []
-    try:
-        for name, moments in told.once().items():
-            module: Any = modules[name]
-            if isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(_norm_hook(moments)))
-            else:
-                handles.append(module.register_forward_hook(_bias_hook(moments)))
-        with modes_kept(model):
-            model.eval()
-            call(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    Correction(reference, batches, device_of(model)).apply(model)
     broadcast_state(model)
+
+
+class Correction:
+    """What a float network says of a few batches, and so how to correct those made from it.
+
+    Args:
+        reference: The float model; it is left as it is.
+        batches: Some batches, run as one; their targets do not matter.
+        device: Where to run them.
+
+    Raises:
+        ValueError: There are no batches.
+    """
+
+    @torch.no_grad()
+    def __init__(self, reference: nn.Module, batches: Batches, device: torch.device) -> None:
+        self._inputs = joined_inputs(batches, device)
+        # The same layers as in the quantized network, in attention too.
+        reference = with_layers(reference, lambda _: True)
+        self._norm_sources = trace(reference, self._inputs).norm_sources
+        modules = dict(reference.named_modules())
+        self._names = set(modules)
+        told = FloatMoments(
+            {
+                name: module
+                for name, module in modules.items()
+                if isinstance(module, _BatchNorm) or quantizable_base(module) is not None
+            }
+        )
+        with modes_kept(reference), told.listening():
+            reference.eval()
+            call(reference, self._inputs)
+        self._moments = told.once()
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> Any:
+        """Correct a quantized network, as :func:`correct_statistics` does in one process.
+
+        Returns:
+            What the corrected network puts out for the batches.
+
+        Raises:
+            ValueError: It is made from another network.
+        """
+        single = {name for name, layer in quantized_layers(model).items() if _is_single(layer)}
+        chosen = correctable(model, single, self._norm_sources)
+        for name in chosen:
+            if name not in self._names:
+                raise ValueError(f"the reference has no module '{name}': it is another network")
+        modules = dict(model.named_modules())
+        handles = []
+        try:
+            for name in chosen:
+                module: Any = modules[name]
+                moments = self._moments.get(name)
+                if moments is None:
+                    continue
+                if isinstance(module, _BatchNorm):
+                    handles.append(module.register_forward_pre_hook(_norm_hook(moments)))
+                else:
+                    handles.append(module.register_forward_hook(_bias_hook(moments)))
+            with modes_kept(model):
+                model.eval()
+                return call(model, self._inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 Moments = tuple[Tensor, Tensor]
@@ -125,7 +165,7 @@ class FloatMoments:
 
     def once(self) -> dict[str, Moments]:
         """The moments of those that ran, and no more than once: of the input or the output."""
-        return {name: self._moments[name] for name, calls in self._calls.items() if calls == 1}
+        return {name: found for name, found in self._moments.items() if self._calls[name] == 1}
 
     def listening(self) -> ExitStack:
         """Hooks for as long as a block lasts."""
@@ -136,10 +176,11 @@ class FloatMoments:
         return stack
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             self._calls[name] += 1
             of = inputs[0] if isinstance(module, _BatchNorm) else output
-            self._moments[name] = _moments(of, _channel_axis(module, of))
+            if isinstance(of, Tensor):  # a layer that stays in float may put out anything
+                self._moments[name] = _moments(of, _channel_axis(module, of))
 
         return hook
 

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from networks import Attending
 from torch import nn
 
-from limpq_ext import Policy, apply_policy, calibrate, prepare, quantized_layers, select_bits
+from limpq_ext import (
+    Policy,
+    apply_policy,
+    calibrate,
+    prepare,
+    profile,
+    quantized_layers,
+    select_bits,
+)
 from limpq_ext.training.correction import correct_statistics
 
 
@@ -155,6 +164,18 @@ def test_a_module_that_runs_twice_stays_as_it_is():
     before = model.norm.running_mean.clone()
     correct_statistics(model, reference, batches())
     assert torch.equal(model.norm.running_mean, before)
+
+
+@torch.no_grad()
+def test_the_projections_of_attention_have_biases_that_are_corrected():
+    torch.manual_seed(0)
+    reference = Attending().eval()
+    x = torch.randn(16, 3, 8, 8)
+    policy = Policy.uniform(profile(reference, x), 3, 3)
+    model = apply_policy(reference, policy, example_input=x, scale_start="mse")
+    before = model.first.in_proj.bias.clone()
+    calibrate(model, [(x, None)], reference=reference)
+    assert not torch.equal(model.first.in_proj.bias, before)
 
 
 def test_without_batches_or_with_another_network_it_is_an_error():
