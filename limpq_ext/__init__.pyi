@@ -36,6 +36,9 @@ from .nn.network import select_bits as select_bits
 from .nn.quantizers import ActivationQuantizer as ActivationQuantizer
 from .nn.quantizers import LsqQuantizer as LsqQuantizer
 from .nn.quantizers import WeightQuantizer as WeightQuantizer
+from .scores.check import ScoreCheck as ScoreCheck
+from .scores.check import check_scores as check_scores
+from .scores.measure import PolicyLoss as PolicyLoss
 from .training.calibration import calibrate as calibrate
 from .training.calibration import reestimate_batch_norm as reestimate_batch_norm
 from .training.checkpoint import Checkpoint as Checkpoint

@@ -226,6 +226,29 @@ class Neighbours:
         )
 
 
+def largest_uniform(problem: Problem) -> list[Pairs]:
+    """The uniform policies within budgets and restrictions that none of them has more bits than.
+
+    Layers with one choice only keep that. Of W4A4, W3A5 and W3A4 the first two are the largest.
+    """
+    widths = [sorted({pair[side] for own in problem.columns for pair in own}) for side in (0, 1)]
+    found: dict[Pair, Pairs] = {}
+    for weight, activation in itertools.product(*widths):
+        pair = weight, activation
+        pairs = tuple(own[0] if len(own) == 1 else pair for own in problem.columns)
+        if problem.allows(pairs) and problem.keeps(pairs):
+            found[pair] = pairs
+    largest = {
+        pairs: None
+        for (weight, activation), pairs in found.items()
+        if not any(
+            bw >= weight and ba >= activation and (bw, ba) != (weight, activation)
+            for bw, ba in found
+        )
+    }
+    return list(largest)
+
+
 def changed(pairs: Sequence[Pair], bits: Mapping[int, Pair]) -> Pairs:
     """A policy with other bits in some places."""
     return tuple(bits.get(place, pair) for place, pair in enumerate(pairs))

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from search_cases import LIMITS, allowed, latency_tables, problems, restrictions, uses, within
 
-from limpq_ext.allocation.neighbours import Neighbours, changed
+from limpq_ext.allocation.neighbours import Neighbours, changed, largest_uniform
 from limpq_ext.allocation.problem import make_problem
 from limpq_ext.allocation.restrictions import ContradictionError
 from limpq_ext.values.costs import Costs, LayerCost
@@ -86,7 +86,7 @@ SOME_LIMITS = st.dictionaries(
 ).flatmap(lambda names: st.fixed_dictionaries({name: LIMITS[name] for name in names}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problem=problems(smallest_count=2, most=(3, 2)), limits=SOME_LIMITS, data=st.data())
 def test_neighbours_are_all_policies_one_raise_exchange_or_swap_away(problem, limits, data):
     indicators, costs = problem
@@ -104,7 +104,7 @@ def test_neighbours_are_all_policies_one_raise_exchange_or_swap_away(problem, li
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problem=problems(smallest_count=2, most=(3, 2)), limits=SOME_LIMITS, data=st.data())
 def test_whatever_is_asked_neighbours_and_draws_keep_it(problem, limits, data):
     indicators, costs = problem
@@ -184,6 +184,32 @@ def test_a_layer_that_may_only_change_as_a_whole_is_swapped_as_a_whole():
     assert [changed(pairs, bits) for bits in near.within(pairs)] == [
         ((4, 4), (8, 8), (4, 4)),
         ((4, 4), (4, 4), (8, 8)),
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(problem=problems(smallest_count=2, most=(3, 2)), limits=SOME_LIMITS, data=st.data())
+def test_the_largest_uniform_policies_are_those_that_no_other_one_has_more_bits_than(
+    problem, limits, data
+):
+    indicators, costs = problem
+    question = data.draw(st.sampled_from([{}, {"tie_shared_inputs": True}]))
+    asked = make_problem(flat(costs, indicators.bits), costs, **question, **limits)
+    kept = set(every(costs, indicators.bits, question, limits))
+    uniform = {pairs[0] for pairs in kept if len(set(pairs)) == 1}
+    larger = {(w, a) for w, a in uniform for v, b in uniform - {(w, a)} if v >= w and b >= a}
+    found = largest_uniform(asked)
+    assert sorted(found) == sorted((pair,) * len(costs.layers) for pair in uniform - larger)
+
+
+def test_a_layer_with_one_choice_keeps_it_in_uniform_policies():
+    costs = example()
+    question = {"fixed": {"layer1": (8, 8)}, "bitops": 40 * 9 + 25 * 64 + 33 * 9}
+    asked = make_problem(flat(costs, (2, 3, 4)), costs, **question)
+    assert largest_uniform(asked) == [
+        ((2, 4), (8, 8), (2, 4)),
+        ((3, 3), (8, 8), (3, 3)),
+        ((4, 2), (8, 8), (4, 2)),
     ]
 
 

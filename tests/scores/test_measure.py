@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from networks import Attending, Depthwise, NoNorm, Shared, PaddedConv2d
+from networks import Attending, Depthwise, NoNorm, PaddedConv2d, Shared
 from torch import nn
 from torch.nn import functional as F
 
