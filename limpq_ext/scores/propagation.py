@@ -46,6 +46,8 @@ class _NoRuleError(Exception):
     """A rule does not fit this call."""
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def propagate(
     network: nn.Module,
     watched: Mapping[str, nn.Module],
@@ -70,7 +72,7 @@ def propagate(
         ValueError: An operator on the way has no rule; the message names it and the module that
             runs it.
     """
-    tape = Tape(network, watched, lambda name: name not in _WITHOUT_VALUES)
+    tape = Tape(network, watched, _NEEDS_VALUES)
     # What the forward changes in place is a copy.
     inputs = _cloned(inputs)
     leaves = [
@@ -84,16 +86,15 @@ def propagate(
         end = tape.value(output)
     carried = Carried()
     carried.add(end, start(output))
-    with torch.no_grad():
-        while tape.events:
-            event = tape.events.pop()
-            if isinstance(event, Call):
-                _back(event, carried)
-            else:
-                relevance = carried.at(event.value)
-                if relevance is not None:
-                    visit(event.name, relevance)
-        found = [carried.at(value) for value in begins]
+    while tape.events:
+        event = tape.events.pop()
+        if isinstance(event, Call):
+            _back(event, carried)
+        else:
+            relevance = carried.at(event.value)
+            if relevance is not None:
+                visit(event.name, relevance)
+    found = [carried.at(value) for value in begins]
     return [
         torch.zeros_like(leaf) if relevance is None else relevance
         for leaf, relevance in zip(leaves, found, strict=True)
@@ -393,5 +394,4 @@ _RULES: Final[Mapping[str, Rule]] = {
 
 _RULES_OF_SHAPES: Final = (_all, _none, _copy, _product, _quotient, _gated)
 
-# The operators whose rule needs no values, which then are not kept.
-_WITHOUT_VALUES: Final = {name for name, rule in _RULES.items() if rule in _RULES_OF_SHAPES}
+_NEEDS_VALUES: Final = {name: rule not in _RULES_OF_SHAPES for name, rule in _RULES.items()}

@@ -96,7 +96,8 @@ class Tape(TorchDispatchMode):
     Args:
         model: Gets hooks for as long. It should run in evaluation mode.
         watched: The modules whose outputs are marked, and followed from there.
-        keeps: Whether the values of the arguments are needed of the operator of this name.
+        needs: The operators to note, and whether the values of their arguments are needed. Others
+            are taken apart where they are made of others.
 
     Attributes:
         events: What happened, in order.
@@ -106,11 +107,11 @@ class Tape(TorchDispatchMode):
         self,
         model: nn.Module,
         watched: Mapping[str, nn.Module],
-        keeps: Callable[[str], bool],
+        needs: Mapping[str, bool],
     ) -> None:
         super().__init__()
         self.events: list[Call | Passed] = []
-        self._keeps = keeps
+        self._needs = needs
         self._model = model
         self._watched = watched
         self._active: list[tuple[str, str]] = [("", float_class(model).__name__)]
@@ -132,8 +133,6 @@ class Tape(TorchDispatchMode):
                 stack.callback(module.register_forward_hook(self._leave).remove)
             for name, module in self._watched.items():
                 stack.callback(module.register_forward_hook(self._pass(name)).remove)
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(self)
             yield self
@@ -162,27 +161,27 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # asks what a tensor is
             return func(*args, **kwargs)
-        # One that is made of others shows itself where inference mode made the inputs.
-        with self:
-            output = func.decompose(*args, **kwargs)
-        if output is not NotImplemented:
-            return output
         arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         arguments |= kwargs
         written = _written(func, arguments)
+        name = func._schema.name.partition("::")[2]
+        name = name.removesuffix("_") if written else name
+        if name not in self._needs:
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         for tensor in written:
             self._save(self._memory(tensor))
         tensors = _tensors(arguments)
         before = {self._memory(tensor) for tensor in tensors}
-        name = func._schema.name.partition("::")[2]
-        name = name.removesuffix("_") if written else name
         depends = name not in _SHAPES_ONLY and any(
             _carries(tensor) and self._memory(tensor) in self._depending for tensor in tensors
         )
         if not depends:
             return func(*args, **kwargs)
         held = {self._memory(tensor) for tensor in written}
-        keeps = self._keeps(name)
+        keeps = self._needs.get(name, False)
         noted = tree_map_only(Tensor, lambda tensor: self._noted(tensor, keeps, held), arguments)
         output = func(*args, **kwargs)
         computed = [
