@@ -59,6 +59,7 @@ class Replay:
     Attributes:
         treatments: What takes the place of modules' forwards in :meth:`run`.
         widest: Bytes of the largest output in the last :meth:`first`.
+        held: Bytes that are kept.
     """
 
     def __init__(self, network: nn.Module, memory: int) -> None:
@@ -75,7 +76,7 @@ class Replay:
         self._order: list[nn.Module] = []
         self._ends: list[int] = []
         self._kept: dict[int, _Kept] = {}
-        self._held = 0
+        self.held = 0
         self._all_kept = True
         self._advanced = 0
         # Of the forward that runs.
@@ -135,7 +136,7 @@ class Replay:
         """
         self._inputs = inputs
         self._order, self._ends, self._kept = [], [], {}
-        self._held = self._advanced = self.widest = 0
+        self.held = self._advanced = self.widest = 0
         self._all_kept = True
         before = _state_of(self._network)
         output = self._forward(ordering=True, keeping=bool(self._memory))
@@ -196,7 +197,7 @@ class Replay:
         covered = 0
         for number in sorted(self._kept):
             if number < covered:
-                self._held -= _bytes(self._kept.pop(number).leaves)
+                self.held -= _bytes(self._kept.pop(number).leaves)
             elif self._ends[number] <= self._advanced:
                 covered = self._ends[number]
 
@@ -293,11 +294,11 @@ class Replay:
     def _keep(self, number: int, output: Any) -> None:
         """Keep what a call returned, if there is room."""
         leaves, form = tree_flatten(output)
-        if self._held + _bytes(leaves) > self._memory:
+        if self.held + _bytes(leaves) > self._memory:
             self._all_kept = False
             return
         self._kept[number] = _Kept(_copied(leaves), form)
-        self._held += _bytes(leaves)
+        self.held += _bytes(leaves)
 
     def _again(self, module: nn.Module, kept: _Kept) -> Any:
         """What a call returned, in tensors of its own, for all copies."""
