@@ -14,7 +14,7 @@ input corrected.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -55,7 +55,8 @@ def correct_statistics(model: nn.Module, reference: nn.Module, batches: Batches)
             not matter. They are run as one: about 100 images are enough.
 
     Raises:
-        ValueError: There are no batches, or the reference is another network.
+        ValueError: There are no batches, they have inputs of different shapes, or the reference is
+            another network.
     """
     Correction(reference, batches, device_of(model)).apply(model)
     broadcast_state(model)
@@ -263,7 +264,7 @@ def joined_inputs(batches: Batches, device: torch.device) -> Any:
     """The inputs of all batches as those of one.
 
     Raises:
-        ValueError: There are no batches.
+        ValueError: There are no batches, or they have inputs of different shapes.
     """
     inputs = [moved(batch, device)[0] for batch in batches]
     if not inputs:
@@ -271,7 +272,17 @@ def joined_inputs(batches: Batches, device: torch.device) -> Any:
     leaves = [tree_flatten(value) for value in inputs]
     form = leaves[0][1]
     columns = itertools.zip_longest(*(values for values, _ in leaves))
-    joined = [
-        torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns
-    ]
-    return tree_unflatten(joined, form)
+    return tree_unflatten([_joined(column) for column in columns], form)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    for value in values:
+        if not isinstance(value, Tensor) or value.shape[1:] != values[0].shape[1:]:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"batches have inputs of {tuple(values[0].shape)} and {what}, which cannot run as"
+                " one"
+            )
+    return torch.cat(list(values))

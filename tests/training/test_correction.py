@@ -178,10 +178,15 @@ def test_the_projections_of_attention_have_biases_that_are_corrected():
     assert not torch.equal(model.first.in_proj.bias, before)
 
 
-def test_without_batches_or_with_another_network_it_is_an_error():
+def test_without_batches_of_one_shape_or_with_another_network_it_is_an_error():
     model = quantized(network())
     with pytest.raises(ValueError, match="there are no batches to correct statistics with"):
         correct_statistics(model, network(), [])
+    larger = (torch.zeros(16, 3, 12, 12), torch.zeros(16))
+    with pytest.raises(
+        ValueError, match=r"of \(16, 3, 10, 10\) and \(16, 3, 12, 12\), which cannot"
+    ):
+        correct_statistics(model, network(), [*batches(1), larger])
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(512, 5))
     with pytest.raises(ValueError, match="the reference has no module '3': it is another network"):
         correct_statistics(model, other, batches())
