@@ -11,3 +11,8 @@ from limpq_ext.scores.one_at_a_time import layerwise as layerwise
 from limpq_ext.scores.relevance import relevance as relevance
 from limpq_ext.scores.relevance import relevance_sensitivity as relevance_sensitivity
 from limpq_ext.scores.second_order import fisher as fisher
+from limpq_ext.scores.second_order import gradient as gradient
+from limpq_ext.scores.statistics import activation_variance as activation_variance
+from limpq_ext.scores.statistics import weight_error as weight_error
+from limpq_ext.scores.traces import hessian as hessian
+from limpq_ext.scores.traces import lampq as lampq
