@@ -38,7 +38,6 @@ from limpq_ext.values.files import write_json
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 from limpq_ext.values.policy import LayerBits, Policy
 
-from .hessian import hessian_scores
 from .report import describe_run
 
 BITS = (2, 3, 4, 5, 6)
@@ -231,9 +230,8 @@ class Study:
         """Compute the cells that are missing."""
         model = self._float_model()
         learned = self._learned(model)
-        names = [layer.name for layer in self.costs.layers]
         x, target = (part[:256] for part in self._train)
-        hessian = hessian_scores(model, names, BITS, x, target, seed=self.seed)
+        hessian = lq.scores.hessian(model, [(x, target)], BITS, seed=self.seed)
         for budget in BUDGETS:
             for way in WAYS:
                 cell = f"{budget.name}: {way}"

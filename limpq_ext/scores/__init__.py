@@ -1,6 +1,6 @@
 """What bits are worth to every layer, as `Indicators` that a search takes: scores but the learned.
 
-`second_order` and `one_at_a_time` each have a score, measured on a float network and a few batches;
+`one_at_a_time`, `second_order`, `traces` and `statistics` measure a float network on a few batches;
 `subject` is the network that they switch quantizers on in. Imports training, conversion, nn and
 values. Begin with `one_at_a_time`, the plainest.
 """

@@ -49,8 +49,9 @@ def hessian(
     Hessian of the loss in its n elements, once for the weights and once for the input of a layer.
     That of the weights is the Hessian of the mean loss; that of an input is one sample's, and trace
     and error are means over samples. Traces are estimated by Hutchinson's method with random signs,
-    for all tensors at once. One that comes out negative counts as 0: to second order the tensor
-    does not matter.
+    for all tensors at once. A trace that comes out negative counts as 0: to second order the tensor
+    does not matter. Ours is that the signs of a tensor are divided by the norm of its gradient and
+    its trace multiplied again, without which small traces are lost in the noise of large ones.
 
     The score needs class indices and a network that can be differentiated twice. It takes a forward
     and ``1 + probes`` backwards of each batch, all but the first of them through the graph of the
