@@ -39,6 +39,7 @@ from .nn.quantizers import WeightQuantizer as WeightQuantizer
 from .scores.check import ScoreCheck as ScoreCheck
 from .scores.check import check_scores as check_scores
 from .scores.measure import PolicyLoss as PolicyLoss
+from .scores.refine import refine as refine
 from .training.calibration import calibrate as calibrate
 from .training.calibration import reestimate_batch_norm as reestimate_batch_norm
 from .training.checkpoint import Checkpoint as Checkpoint

@@ -283,15 +283,8 @@ class Problem:
         optimal = solution.stopped_by == "optimal"
         bound = objective if optimal else min(objective, solution.bound)
         left = (objective - bound) / objective if objective else 0.0
-        checks = [
-            {"name": b.name, "unit": b.measure.unit, "limit": b.limit, "used": b.measure.use(pairs)}
-            for b in self.budgets
-        ]
         meta = {
-            **self.meta,
-            "restrictions": [rule.name for rule in self.in_force],
-            "check": checks,
-            "sizes": self.costs.sizes(dict(zip(self.pairs, pairs, strict=True))),
+            **self.facts(pairs),
             "solver": solution.solver,
             "stopped_by": solution.stopped_by,
             "seconds": seconds,
@@ -303,6 +296,23 @@ class Problem:
             gap=left,
             meta={} if seconds is None else meta,
         )
+
+    def facts(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """What a policy's ``meta`` says of its question, and of its use in exact integers."""
+        return {
+            **self.meta,
+            "restrictions": [rule.name for rule in self.in_force],
+            "check": [
+                {
+                    "name": budget.name,
+                    "unit": budget.measure.unit,
+                    "limit": budget.limit,
+                    "used": budget.measure.use(pairs),
+                }
+                for budget in self.budgets
+            ],
+            "sizes": self.costs.sizes(dict(zip(self.pairs, pairs, strict=True))),
+        }
 
     def plain_policy(self, pairs: Sequence[Pair]) -> Policy:
         """Bits of the searchable layers as a policy that says what it uses of the budgets."""
