@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -60,12 +60,27 @@ class Budget:
         name: As the table names it.
         bits: The level: its square times the MACs are the BitOps, or its multiple of the weights
             is the size in bits.
-        by_size: Weights alone are searched; activations have 4 bits.
+        by_size: Weights alone are searched.
+        activation_bits: Those of all layers where weights alone are searched.
     """
 
     name: str
     bits: Fraction
     by_size: bool = False
+    activation_bits: int = 4
+
+    def used(self, costs: Costs, pair: tuple[int, int]) -> list[int]:
+        """What each searchable layer uses of it at some bits of weights and activations."""
+        weight_bits, activation_bits = pair
+        if self.by_size:
+            return [layer.weights * weight_bits for layer in costs.layers]
+        return [layer.macs * weight_bits * activation_bits for layer in costs.layers]
+
+    def limit(self, costs: Costs) -> int:
+        """The most that all searchable layers may use."""
+        if self.by_size:
+            return math.floor(self.bits * sum(layer.weights for layer in costs.layers))
+        return math.floor(self.bits**2 * sum(layer.macs for layer in costs.layers))
 
 
 BUDGETS = (
@@ -130,37 +145,40 @@ def draw(split: str, count: int, folder: Path) -> tuple[Tensor, Tensor]:
     return (pixels.float() / 255 - 0.5) / 0.25, torch.from_numpy(glyphs.labels)
 
 
-def choose(scores: Indicators, costs: Costs, budget: Budget, *, negated: bool = False) -> Policy:
+def choose(
+    scores: Indicators,
+    costs: Costs,
+    budget: Budget,
+    *,
+    negated: bool = False,
+    kept: Fraction = KEPT,
+) -> Policy:
     """The policy with the least sum of scores, or of negated ones, within the budget.
 
     Args:
         scores: Of the searchable layers.
         costs: Of the network.
-        budget: Its cost is used to the share `KEPT` at least, also where few bits score best.
+        budget: What may be used.
+        kept: The least share of it that is used, also where few bits score best.
         negated: LIMPQ's ablation: the bits go where the indicators say that they help least.
     """
     by_name = {layer.name: layer for layer in scores.layers}
-    widths = (4,) if budget.by_size else BITS
-    groups = [[(bw, ba) for bw in BITS for ba in widths] for _ in costs.layers]
-    values, used = [], []
-    for layer, pairs in zip(costs.layers, groups, strict=True):
+    widths = (budget.activation_bits,) if budget.by_size else scores.bits
+    pairs = [(bw, ba) for bw in scores.bits for ba in widths]
+    values = []
+    for layer in costs.layers:
         score = by_name[layer.name]
         values.append([score.weight[bw] + score.activation[ba] for bw, ba in pairs])
-        used.append(
-            [layer.weights * bw if budget.by_size else layer.macs * bw * ba for bw, ba in pairs]
-        )
+    used = [list(own) for own in zip(*(budget.used(costs, pair) for pair in pairs), strict=True)]
     if negated:
         most = max(map(max, values))
         values = [[most - value for value in group] for group in values]
-    if budget.by_size:
-        limit = math.floor(budget.bits * sum(layer.weights for layer in costs.layers))
-    else:
-        limit = math.floor(budget.bits**2 * sum(layer.macs for layer in costs.layers))
+    limit = budget.limit(costs)
     highest = [max(group) for group in used]
     unused = [[top - cost for cost in group] for top, group in zip(highest, used, strict=True)]
-    rows = [Row(used, limit), Row(unused, sum(highest) - math.ceil(KEPT * limit))]
+    rows = [Row(used, limit), Row(unused, sum(highest) - math.ceil(kept * limit))]
     solution = minimise(values, rows, gap=0.0, deadline=time.perf_counter() + 60)
-    chosen = [pairs[i] for pairs, i in zip(groups, solution.chosen, strict=True)]
+    chosen = [pairs[i] for i in solution.chosen]
     return Policy(
         tuple(
             LayerBits(layer.name, *bits) for layer, bits in zip(costs.layers, chosen, strict=True)
@@ -177,23 +195,28 @@ def policy_of(
         if budget.bits.denominator != 1:
             return None
         bits = int(budget.bits)
-        return Policy.uniform(costs, bits, 4 if budget.by_size else bits)
+        return Policy.uniform(costs, bits, budget.activation_bits if budget.by_size else bits)
     if way == "hessian":
         return choose(hessian, costs, budget)
     if way.startswith("random"):
-        generator = np.random.default_rng([seed, int(way.split()[1])])
-        layers = [
-            LayerIndicators(
-                layer.name,
-                *(
-                    dict(zip(BITS, sorted(generator.random(len(BITS)), reverse=True), strict=True))
-                    for _ in range(2)
-                ),
-            )
-            for layer in costs.layers
-        ]
-        return choose(Indicators(BITS, tuple(layers)), costs, budget)
+        return choose(random_scores(costs, BITS, [seed, int(way.split()[1])]), costs, budget)
     return choose(learned, costs, budget, negated=way == "negated")
+
+
+def random_scores(costs: Costs, bits: Sequence[int], seed: int | Sequence[int]) -> Indicators:
+    """Random numbers that fall with the bits, as scores of the searchable layers."""
+    generator = np.random.default_rng(seed)
+    layers = [
+        LayerIndicators(
+            layer.name,
+            *(
+                dict(zip(bits, sorted(generator.random(len(bits)), reverse=True), strict=True))
+                for _ in range(2)
+            ),
+        )
+        for layer in costs.layers
+    ]
+    return Indicators(tuple(bits), tuple(layers))
 
 
 class Study:

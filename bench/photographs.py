@@ -6,8 +6,7 @@ and by its colours; drawings have few.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,7 +55,7 @@ def find_photographs(folder: Path) -> list[Path]:
         if not path.is_file() or not _is_photograph(path):
             continue
         key = path.parent if path.parent.parent.name == "contents" else path
-        if key not in found or os.path.getsize(path) > os.path.getsize(found[key]):
+        if key not in found or path.stat().st_size > found[key].stat().st_size:
             found[key] = path
     return list(found.values())
 
@@ -94,7 +93,7 @@ def draw_crops(paths: Sequence[Path], count: int, size: int, seed: int) -> Crops
 
 def read_photograph(path: Path) -> Any:
     """A picture in RGB; what is transparent lies on a light grey."""
-    picture = Image.open(path)
+    picture: Any = Image.open(path)
     if picture.mode in ("RGBA", "LA", "P", "PA"):
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, (236, 236, 236, 255))
@@ -123,8 +122,3 @@ def _crop(picture: Any, size: int, random: np.random.Generator | None) -> Tensor
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
     return pixels.flip(2) if random is not None and random.random() < 0.5 else pixels
-
-
-def total(crops: Iterable[Crops]) -> int:
-    """The number of photographs of several sets."""
-    return sum(each.photographs for each in crops)
