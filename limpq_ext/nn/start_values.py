@@ -35,6 +35,7 @@ _REFINED: Final = 17  # of each of the two searches between the best one's neigh
 _MANY_LEVELS: Final = 128  # from here on the first search takes what is rounded for noise
 _MOST_LEVELS: Final = 1025  # from here on all do
 _MOST_LOOKUPS: Final = 2**24  # at once; more channels are done one part after the other
+_VALUES_OF_A_LOOKUP: Final = 8  # that are rounded in the time of one
 _BINS: Final = 8192
 
 
@@ -154,6 +155,8 @@ class Distribution:
         Where levels are not looked at apart: the step sizes that were tried.
         """
         looked_up = quant_max - quant_min if apart else 2
+        rounding = apart and self.values.shape[1] <= min(_FEW, _VALUES_OF_A_LOOKUP * looked_up)
+        looked_up = self.values.shape[1] if rounding else looked_up
         rows = max(1, _MOST_LOOKUPS // (tried.shape[1] * looked_up))
         parts = []
         for start, part in zip(range(0, len(tried), rows), tried.split(rows), strict=True):
@@ -161,13 +164,27 @@ class Distribution:
             if not apart:
                 parts.append((part, own._squared_error_of_noise(part, quant_min, quant_max)))
                 continue
-            count, total, squares, q = own._by_level(part, quant_min, quant_max)
-            along, across = (q * total).sum(dim=2), (q.square() * count).sum(dim=2)
+            along, across = (own._rounded if rounding else own._looked_up)(
+                part, quant_min, quant_max
+            )
             scale = torch.where(along > 0, along / across, part)
-            error = squares.sum(dim=2) - scale * (2 * along - scale * across)
+            error = own._sums[2, :, -1:] - scale * (2 * along - scale * across)
             parts.append((scale, error))
         scales, errors = (torch.cat(every) for every in zip(*parts, strict=True))
         return scales, errors
+
+    def _looked_up(self, scales: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+        """``sum(q * x)`` and ``sum(q^2)`` of what values round to, ``[channels, m]``, by levels."""
+        count, total, _, q = self._by_level(scales, quant_min, quant_max)
+        return (q * total).sum(dim=2), (q.square() * count).sum(dim=2)
+
+    def _rounded(self, scales: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+        """The same, value by value."""
+        q = (self.values[:, None] / scales.double()[..., None]).round_()
+        q = q.clamp_(quant_min, quant_max)
+        counts = torch.diff(self._sums[0], dim=1)
+        along = torch.einsum("cmn,cn->cm", q, counts * self.values)
+        return along, torch.einsum("cmn,cn->cm", q.square_(), counts)
 
     def _squared_error_of_noise(self, scales: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """The squared error where what is rounded is noise, and what is clipped counts exactly."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from limpq_ext.kernels.ops import thresholds
+from limpq_ext.nn import start_values
 from limpq_ext.nn.start_values import Distribution, Histogram
 
 RANGES = [
@@ -57,6 +58,17 @@ def test_no_step_size_of_a_fine_grid_has_a_much_smaller_error(kind, count, quant
     best = min(plain_error(x, float(scale), quant_min, quant_max) for scale in grid)
     # At 8 bits some 100 values lie on the levels by chance, more or less well.
     assert error <= best * (1.2 if quant_max > 100 else 1.03) + 1e-6 * float(x.square().sum())
+
+
+@pytest.mark.parametrize("count", [1, 9, 120])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_few_values_that_are_rounded_find_what_levels_find(monkeypatch, count, bits):
+    weight = torch.randn(4, count, generator=torch.Generator().manual_seed(bits))
+    quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rounded = Distribution.of(weight, channel_axis=0).least_error(quant_min, quant_max)
+    monkeypatch.setattr(start_values, "_VALUES_OF_A_LOOKUP", 0)
+    looked_up = Distribution.of(weight, channel_axis=0).least_error(quant_min, quant_max)
+    torch.testing.assert_close(rounded, looked_up, rtol=1e-12, atol=0)
 
 
 def test_channels_are_sought_each_for_itself():
