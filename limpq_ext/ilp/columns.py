@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -209,7 +209,9 @@ def undominated(
             some = starts[groups[first : first + batch], None] + np.arange(size)
             beats = rank[some][:, :, None] < rank[some][:, None, :]
             for cost in in_time(costs, deadline):
-                beats &= cost[some][:, :, None] <= cost[some][:, None, :]
+                own = cost[some]
+                if (own != own[:, :1]).any():  # of many links most are of other groups
+                    beats &= own[:, :, None] <= own[:, None, :]
             kept[some] = ~beats.any(axis=1)
     return np.flatnonzero(kept)
 
@@ -226,7 +228,7 @@ def lay_out(kept: np.ndarray, starts: np.ndarray, links: Sequence[Link]) -> tupl
     choices = by_group(kept, starts)
     alone, loose = set(range(len(choices))), False
     linked = []
-    for groups, own in _components(links):
+    for groups, own in connected(links, lambda link: link.labels):
         combined = _combinations(groups, own, choices, starts)
         if combined is None:
             loose = True
@@ -287,11 +289,13 @@ def _combinations(
     ]
 
 
-def _components(links: Sequence[Link]) -> list[tuple[list[int], list[Link]]]:
-    """The sets of groups that links connect, with these links."""
-    parts: list[tuple[set[int], list[Link]]] = []
-    for link in links:
-        groups, own = set(link.labels), [link]
+def connected(
+    items: Sequence[Item], groups_of: Callable[[Item], Iterable[int]]
+) -> list[tuple[list[int], list[Item]]]:
+    """The sets of groups that items connect, with these items."""
+    parts: list[tuple[set[int], list[Item]]] = []
+    for item in items:
+        groups, own = set(groups_of(item)), [item]
         rest = []
         for other_groups, others in parts:
             if groups & other_groups:

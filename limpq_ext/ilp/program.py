@@ -156,7 +156,7 @@ class Program:
         _check_shapes(sizes, rows, links, tiebreaks)
         self._starts = np.cumsum([0, *sizes])
         self._highspy = highspy
-        self._values = _exact(values)
+        self._values = exact_values(values)
         flat = list(itertools.chain.from_iterable(self._values))
         denominator = math.lcm(*{value.denominator for value in flat})
         units = [
@@ -593,7 +593,7 @@ def _check_shapes(
                 raise ValueError(f"link {index} has other choices in group {group} than the values")
 
 
-def _exact(values: Sequence[Sequence[Value]]) -> list[list[Fraction]]:
+def exact_values(values: Sequence[Sequence[Value]]) -> list[list[Fraction]]:
     """Values as fractions, a float as the decimal that it is written as."""
     flat = itertools.chain.from_iterable(values)
     if not all(isinstance(value, Fraction) or math.isfinite(value) for value in flat):
