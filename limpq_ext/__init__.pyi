@@ -57,6 +57,7 @@ from .training.nonfinite import NonFiniteError as NonFiniteError
 from .training.signals import Interrupted as Interrupted
 from .values.costs import Costs as Costs
 from .values.indicators import Indicators as Indicators
+from .values.interactions import Interactions as Interactions
 from .values.latency import LatencyEntry as LatencyEntry
 from .values.latency import LatencyTable as LatencyTable
 from .values.policy import Policy as Policy

@@ -55,6 +55,7 @@ from limpq_ext.app.recipe import Recipe, dump_recipe, load_recipe, load_restrict
 from limpq_ext.training.checkpoint import Checkpoint, write_sealed
 from limpq_ext.training.loop import Recording
 from limpq_ext.training.metrics import MetricsFile
+from limpq_ext.values.interactions import Interactions
 
 BITS = (2, 4)
 SECONDS = 10
@@ -129,6 +130,9 @@ def write_files(folder: Path) -> dict[str, bytes]:
     lines = [",".join(map(str, entry)) for entry in entries]
     table = "\n".join(["layer,weight_bits,activation_bits,seconds", *lines, ""])
     (folder / "latency.csv").write_text(table)
+    values = {(first, second): first / second for first in BITS for second in BITS}
+    tensors = [(layer.name, "weight") for layer in costs.layers]
+    Interactions.from_table({tuple(tensors[:2]): values}).save(folder / "interactions.json")
     LatencyTable.load(folder / "latency.csv").save(folder / "latency.json")
     values = {"4": 0.1, "2": 0.4}
     layers = {f"module.{name}": dict(values) for name in ("a", "b")}
@@ -276,6 +280,7 @@ def read_stages(path: Path) -> Any:
 
 KINDS = [
     Kind("indicators.json", again(Indicators.load), JSON),
+    Kind("interactions.json", again(Interactions.load), JSON),
     Kind("costs.json", use_costs, JSON),
     Kind("policy.json", again(Policy.load), JSON),
     Kind("curve.json", again(Curve.load), JSON),
