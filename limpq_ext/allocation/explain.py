@@ -33,7 +33,7 @@ class Choice:
     Attributes:
         weight_bits: Bit-width of its weights.
         activation_bits: Bit-width of its activations.
-        own: The layer's own term of the objective at these bits.
+        own: The layer's own term of the objective at these bits, without what pairs of layers add.
         price: What the layer's use of all budgets is worth at their shadow prices, in units of the
             objective; a choice is good where ``own + price`` is small.
         objective: The best objective with the layer held at these bits; None if no policy is left.
@@ -59,7 +59,8 @@ class Price:
         limit: Its limit, in the user's unit.
         used: What the optimum uses.
         per_unit: The shadow price: by how much the objective of the relaxed program falls per
-            whole unit that the limit rises.
+            whole unit that the limit rises. With interactions or smoothness it may be the price
+            without them: where they connect many layers, the relaxed program leaves them out.
         unit: That unit.
         per_percent: By how much it falls where the limit rises by 1% of its whole units.
     """
@@ -102,6 +103,7 @@ class Explanation:
         choices: All pairs of bits that the layer can have.
         prices: One for each budget.
         moves: The sensitivity table: every budget moved by several per cent.
+        pairwise: Whether pairs of layers add to the objective, so that shadow prices may not hold.
     """
 
     layer: str
@@ -109,6 +111,7 @@ class Explanation:
     choices: tuple[Choice, ...]
     prices: tuple[Price, ...]
     moves: tuple[Move, ...]
+    pairwise: bool = False
 
     @property
     def chosen(self) -> Choice:
@@ -138,6 +141,10 @@ class Explanation:
                 f" used {in_words(price.budget, price.used)}; 1% more lowers"
                 f" the objective by about {price.per_percent:.6f}"
                 f" (shadow price {price.per_unit:.3e}, counted in {price.unit})"
+            )
+        if self.pairwise and self.prices:
+            lines.append(
+                "shadow prices may leave out what pairs of layers add; objectives have all of it"
             )
         if self.moves:
             lines.append(f"{'budget':>20}  {'moved':>6}  {'limit':>20}  {'objective':>12}  changed")
@@ -201,6 +208,7 @@ def explain(
             for place in range(len(problem.budgets))
             for percent in percents
         ),
+        bool(problem.pair_terms),
     )
 
 

@@ -61,7 +61,7 @@ def why_infeasible(problem: Problem) -> InfeasibleError:
     deadline = min(problem.deadline(), time.perf_counter() + _LONGEST)
     names = [b.name for b in problem.budgets] + [rule.name for rule in problem.restrictions]
     try:
-        conflict = _minimal(problem, names, deadline)
+        conflict = _minimal(problem.without_pair_terms(), names, deadline)
     except TimeoutError:
         return InfeasibleError(
             "no policy keeps all budgets and restrictions; the time limit passed before it was"

@@ -53,7 +53,7 @@ class UniformPoint(Strict):
     Attributes:
         weight_bits: Bit-width of the weights.
         activation_bits: Bit-width of the activations.
-        objective: Its sum of indicators.
+        objective: Its sum of indicators and of what pairs of layers add.
         used: What it uses of the budget that moves.
         allowed: Whether it keeps the restrictions and the other budgets.
         best: The objective of the curve's best point that uses no more; None if there is none.
@@ -153,7 +153,9 @@ class Curve(Document):
                 f"  {point.policy.objective:>12.6f}  {means}{mark}"
             )
         for own in self.uniform:
-            above = "" if not own.best else f"{own.objective / own.best - 1:+.1%} above the curve"
+            above = ""
+            if own.best:
+                above = f"{(own.objective - own.best) / abs(own.best):+.1%} above the curve"
             kept = above if own.allowed else "breaks another budget or restriction"
             lines.append(
                 f"{f'W{own.weight_bits}A{own.activation_bits}':>24}"
@@ -307,7 +309,7 @@ def _uniform(problem: Problem, over: str, question: Question) -> list[UniformPoi
             by_name[name].activation.get(ba, 0.0)
             + problem.alpha * by_name[name].weight.get(bw, 0.0)
             for name, (bw, ba) in named
-        )
+        ) + problem.added_by_pairs(pairs)
         measure = next(b.measure for b in problem.budgets if b.name == over)
         used = measure.shown(measure.use(pairs))
         allowed = problem.allows(pairs) and problem.keeps(pairs)

@@ -6,8 +6,9 @@ With x[l, bw, ba] in {0, 1}, one choice for each layer l:
     subject to  sum of cost_k[l, bw, ba] * x[l, bw, ba] <= limit_k     for every sum k of a budget
                 the labels of what is chosen agree                     for every link
 
-with the learned indicators of layer l (LIMPQ, arXiv 2203.08368). A problem is immutable; its
-variations (a restriction less, another limit, a layer held at some bits) are problems too.
+with the learned indicators of layer l (LIMPQ, arXiv 2203.08368), and what pairs of layers add to
+that, see `limpq_ext.allocation.pairwise`. A problem is immutable; its variations (a restriction
+less, another limit, a layer held at some bits) are problems too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ from limpq_ext.allocation.budgets import (
     make_budgets,
 )
 from limpq_ext.allocation.measures import Pair
+from limpq_ext.allocation.pairwise import (
+    INTERACTIONS,
+    SMOOTHNESS,
+    PairTerm,
+    interaction_terms,
+    make_products,
+    smoothness_terms,
+)
 from limpq_ext.allocation.restrictions import (
     Limited,
     Restriction,
@@ -42,9 +51,11 @@ from limpq_ext.allocation.restrictions import (
     tied_inputs,
 )
 from limpq_ext.ilp.program import Program
+from limpq_ext.ilp.quadratic import QuadraticProgram
 from limpq_ext.ilp.rows import Link, Row, Solution
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators, NonMonotone, Rule
+from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.policy import BudgetUse, LayerBits, Policy
 
@@ -78,6 +89,8 @@ class Question(TypedDict, total=False):
     alpha: Number
     normalise: bool
     non_monotone: Rule
+    interactions: Interactions | None
+    smoothness: Number
     time_limit: Number | None
     gap: Number | None
 
@@ -93,6 +106,7 @@ class Problem:
         terms: Layer -> pair of bits that it could have without restrictions -> its two terms of
             the objective, exactly: an indicator is the decimal that it is written as. A bit-width
             that was given by the user and has no indicator counts 0.
+        pair_terms: What pairs of layers add to the objective.
         budgets: The budgets.
         restrictions: The restrictions that the user asked for.
         latency_table: The table of a latency budget.
@@ -105,6 +119,7 @@ class Problem:
     indicators: Indicators
     alpha: float
     terms: Mapping[str, Mapping[Pair, tuple[Fraction, Fraction]]]
+    pair_terms: tuple[PairTerm, ...]
     budgets: tuple[Budget, ...]
     restrictions: tuple[Restriction, ...]
     latency_table: LatencyTable | None
@@ -166,7 +181,7 @@ class Problem:
         return [row for rows in self.rows_of for row in rows]
 
     @functools.cached_property
-    def program(self) -> Program:
+    def program(self) -> Program | QuadraticProgram:
         """The integer program; of equally good policies, fewer BitOps and then bytes count.
 
         Raises:
@@ -174,13 +189,24 @@ class Problem:
         """
         return self._program(math.inf)
 
-    def _program(self, deadline: float) -> Program:
+    def _program(self, deadline: float) -> Program | QuadraticProgram:
         """The same, with a TimeoutError where it is not there by then."""
         layers = list(zip(self.costs.layers, self.columns, strict=True))
         bitops = [[layer.macs * bw * ba for bw, ba in pairs] for layer, pairs in layers]
         sizes = [[layer.weights * bw for bw, _ in pairs] for layer, pairs in layers]
         ties = (bitops, sizes)
-        return Program(self.values, self.rows, links=self.links, tiebreaks=ties, deadline=deadline)
+        if not self.pair_terms:
+            return Program(
+                self.values, self.rows, links=self.links, tiebreaks=ties, deadline=deadline
+            )
+        return QuadraticProgram(
+            self.values,
+            self.rows,
+            make_products(self.pair_terms, self.pairs),
+            links=self.links,
+            tiebreaks=ties,
+            deadline=deadline,
+        )
 
     def solve(self, *, start: Sequence[Pair] | None = None, began: float | None = None) -> Solution:
         """Solve it within its time limit.
@@ -217,6 +243,10 @@ class Problem:
             budgets=tuple(budget for budget in self.budgets if budget.name != name),
             restrictions=tuple(rule for rule in self.restrictions if rule.name != name),
         )
+
+    def without_pair_terms(self) -> Problem:
+        """The same with layers on their own; both have policies or neither has."""
+        return dataclasses.replace(self, pair_terms=())
 
     def with_limits(self, limits: Mapping[str, int]) -> Problem:
         """The same with other limits, in whole units, of some of the budgets."""
@@ -263,8 +293,25 @@ class Problem:
 
     def objective(self, pairs: Sequence[Pair]) -> float:
         """The objective of bits of the searchable layers, rounded once."""
-        own = zip(self.terms.values(), pairs, strict=True)
-        return float(sum((term for terms, pair in own for term in terms[pair]), Fraction(0)))
+        return float(sum(self._parts(pairs).values()))
+
+    def added_by_pairs(self, pairs: Sequence[Pair]) -> float:
+        """What pairs of layers add to the objective, rounded once."""
+        bits = dict(zip(self.terms, pairs, strict=True))
+        return float(sum((term.value(bits) for term in self.pair_terms), Fraction(0)))
+
+    def _parts(self, pairs: Sequence[Pair]) -> dict[str, Fraction]:
+        """The parts of the objective, exactly."""
+        bits = dict(zip(self.terms, pairs, strict=True))
+        nothing = Fraction(0)
+        parts = {
+            "indicators": sum(
+                (t for name, own in self.terms.items() for t in own[bits[name]]), nothing
+            )
+        }
+        for term in self.pair_terms:
+            parts[term.name] = parts.get(term.name, nothing) + term.value(bits)
+        return parts
 
     def policy(self, solution: Solution, *, seconds: float | None = None) -> Policy:
         """The policy of an answer, checked against every budget and restriction in integers.
@@ -282,9 +329,10 @@ class Problem:
         objective = self.objective(pairs)
         optimal = solution.stopped_by == "optimal"
         bound = objective if optimal else min(objective, solution.bound)
-        left = (objective - bound) / objective if objective else 0.0
+        left = (objective - bound) / abs(objective) if objective else 0.0
         meta = {
             **self.facts(pairs),
+            "objective_parts": {name: float(part) for name, part in self._parts(pairs).items()},
             "solver": solution.solver,
             "stopped_by": solution.stopped_by,
             "seconds": seconds,
@@ -346,6 +394,8 @@ def make_problem(
     alpha: Number = 1.0,
     normalise: bool = False,
     non_monotone: Rule = "forbid",
+    interactions: Interactions | None = None,
+    smoothness: Number = 0.0,
     time_limit: Number | None = None,
     gap: Number | None = None,
     **budgets: Asked | None,
@@ -359,6 +409,13 @@ def make_problem(
     if gap is None:
         gap = 0.0 if len(costs.layers) <= EXACT_LAYERS else LARGE_GAP
     _check_names(indicators, costs)
+    if interactions is not None and not isinstance(interactions, Interactions):
+        raise TypeError(f"interactions must be Interactions, got {type(interactions).__name__}")
+    if interactions is not None and normalise:
+        raise ValueError(
+            "interactions are in the units of the indicators: they do not go with normalise"
+        )
+    per_bit = exact_number("smoothness", smoothness, zero=True)
     if normalise:
         indicators = indicators.normalised()
     usable, records = indicators.monotone(non_monotone)
@@ -374,11 +431,16 @@ def make_problem(
         activation_bits=activation_bits,
     )
     given = given_bits(costs, fixed, weight_bits, activation_bits)
+    widths = {*indicators.bits, *(b for both in given.values() for side in both for b in side)}
+    pair_terms = smoothness_terms(per_bit, indicators, sorted(widths))
+    if interactions is not None:
+        pair_terms += interaction_terms(interactions, indicators, costs)
     problem = Problem(
         costs=costs,
         indicators=usable,
         alpha=weight_of_weights,
         terms=_terms(usable, given, costs, records, exact_alpha),
+        pair_terms=tuple(pair_terms),
         budgets=(),
         restrictions=restrictions,
         latency_table=None,
@@ -391,6 +453,10 @@ def make_problem(
             "normalised": normalise,
             "non_monotone": non_monotone,
             "non_monotone_records": [dataclasses.asdict(record) for record in records],
+            INTERACTIONS: None
+            if interactions is None
+            else {"pairs": len(interactions.pairs), **interactions.meta},
+            SMOOTHNESS: float(per_bit),
         },
     )
     asked = make_budgets(costs, problem.columns, budgets, latency_table)

@@ -23,6 +23,7 @@ from limpq_ext.allocation.problem import make_problem
 from limpq_ext.ilp.rows import NoSolutionError
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators, Rule
+from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.policy import Policy
 
@@ -61,6 +62,8 @@ def search(
     alpha: Number = 1.0,
     normalise: bool = False,
     non_monotone: Rule = "forbid",
+    interactions: Interactions | None = None,
+    smoothness: Number = 0.0,
     time_limit: Number | None = None,
     gap: Number | None = None,
 ) -> Policy:
@@ -110,6 +113,15 @@ def search(
         normalise: Search with `Indicators.normalised` instead of LIMPQ's plain sum.
         non_monotone: What to do with indicators that do not fall as bits grow, see
             `Indicators.monotone`; what was done stands in ``meta["non_monotone_records"]``.
+        interactions: Pairwise scores, such as those of :func:`limpq_ext.scores.interactions`: what
+            two tensors cost together beyond what each costs alone. They are added as they are;
+            ``alpha`` does not weigh them, and they do not go with ``normalise``. They may be
+            negative, and their matrix need not be positive semi-definite: CLADO (arXiv 2307.05657)
+            makes it so for its solver, here products of choices are made linear exactly. Bits
+            without an interaction add nothing.
+        smoothness: What each bit of difference between a layer and the next one adds to the
+            objective, for weight bits and activation bits alike; the order is that of the
+            indicators.
         time_limit: Most seconds that the search takes, what it prepares included; the best policy
             found until then is returned. Finding out why there is no policy takes as long again.
         gap: Relative gap at which to stop early; 0 proves optimality. None: 0 for up to 200
@@ -117,7 +129,11 @@ def search(
 
     Returns:
         The policy, layers in the order of ``costs``. Its objective is summed from the chosen
-        indicators, and its budgets were checked in exact integers: ``meta["check"]`` holds those.
+        indicators, their interactions and the steps' penalty, whose parts
+        ``meta["objective_parts"]`` holds. Its budgets were checked in exact integers:
+        ``meta["check"]`` holds those. Interactions between few layers, as within blocks, are
+        proven as plain indicators are; where more are connected, as by ``smoothness``, HiGHS
+        proves the policy, up to its tolerance, in seconds instead of hundredths.
         ``meta["stopped_by"]`` says what ended the search: ``"optimal"``, the policy is proven
         optimal in integers and its gap is 0; ``"tolerance"``, HiGHS calls it optimal, which holds
         up to HiGHS's tolerance, and bound and gap allow for that; ``"gap"`` or ``"time"``, the gap
@@ -126,8 +142,9 @@ def search(
     Raises:
         TypeError: If a budget, restriction or option has another type.
         ValueError: If a budget is a string that is none of these, or is not positive and finite, an
-            option is out of range, restrictions contradict each other or fit no layer, the layers
-            of indicators and costs differ, or the latency table has holes.
+            option is out of range, the interactions are of other layers or bits, restrictions
+            contradict each other or fit no layer, the layers of indicators and costs differ, or the
+            latency table has holes.
         InfeasibleError: If no policy keeps budgets and restrictions.
         TimeoutError: If the time limit passed before there was any policy.
         RuntimeError: If HiGHS fails.
@@ -158,6 +175,8 @@ def search(
         alpha=alpha,
         normalise=normalise,
         non_monotone=non_monotone,
+        interactions=interactions,
+        smoothness=smoothness,
         time_limit=time_limit,
         gap=gap,
     )

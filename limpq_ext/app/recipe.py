@@ -17,6 +17,7 @@ from limpq_ext.data.sources import canonical_name
 from limpq_ext.nn.start_values import ScaleStart
 from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS, check_candidates
+from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
 from limpq_ext.values.options import Options
@@ -237,6 +238,10 @@ class SearchSection(_Budgets):
     alpha: float = 1.0
     normalise: bool = Field(False, description="normalised indicators instead of the plain sum")
     non_monotone: Literal["forbid", "isotonic", "keep"] = "forbid"
+    interactions: str | None = Field(None, description="file of pairwise scores to add (.json)")
+    smoothness: float = Field(
+        0.0, description="what a bit of difference between a layer and the next one costs"
+    )
     time_limit: float | None = Field(None, description="seconds")
     gap: float | None = Field(
         None, description="relative gap at which to stop; null: 0, above 200 layers 1e-6"
@@ -257,11 +262,11 @@ class SearchSection(_Budgets):
         return self.bitops is not None and "bitops" not in self.model_fields_set
 
     def question(self) -> Question:
-        """The same as `search` takes it; reads the latency table.
+        """The same as `search` takes it; reads the latency table and the interactions.
 
         Raises:
-            OSError: The latency table cannot be read.
-            FileFormatError: It is not one.
+            OSError: The latency table or the interactions cannot be read.
+            FileFormatError: They are not what they should be.
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         for name in BUDGETS:
@@ -272,6 +277,8 @@ class SearchSection(_Budgets):
                 given[name] = parse_budget(name, given[name])
         if self.latency_table is not None:
             given["latency_table"] = LatencyTable.load(self.latency_table)
+        if self.interactions is not None:
+            given["interactions"] = Interactions.load(self.interactions)
         return given  # type: ignore[return-value]  # the fields are those of Question
 
 

@@ -85,9 +85,10 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     _say_skipped(session.data, reporter)
 
     # What the stages depend on: parts of the recipe, and files beside those of the run.
-    weights, table = recipe.model.weights, recipe.search.latency_table
+    weights, asked = recipe.model.weights, recipe.search
     given = [] if weights is None or is_published(weights) else [str(Path(weights).resolve())]
-    measured = [] if table is None else [str(Path(table).resolve())]
+    read = [path for path in (asked.latency_table, asked.interactions) if path is not None]
+    measured = [str(Path(path).resolve()) for path in read]
     training = part["float_training"] if weights is None else None
     quantized = [common, part["quantization"]]
     learning = [*quantized, session.fraction_key(), part["bits"], part["joint"]]

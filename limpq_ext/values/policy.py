@@ -119,9 +119,10 @@ class Policy(Document):
     Attributes:
         layers: The searchable layers in the network's order; at least one.
         fixed: The layers that were not searched, usually the first and the last.
-        objective: Sum of the chosen indicators; None where there was no search.
+        objective: Sum of the chosen indicators and of what pairs of layers add; None where there
+            was no search.
         bound: No policy within the budgets has a lower objective than this; None likewise.
-        gap: (objective - bound) / objective; 0 means proven optimal; None likewise.
+        gap: (objective - bound) / |objective|; 0 means proven optimal; None likewise.
         budgets: The budgets of the search and what the policy uses of them.
         meta: How it was found; anything that JSON has a form for.
 

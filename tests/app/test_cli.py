@@ -1,5 +1,6 @@
 """The command line, as a user runs it: results on disk, one-line errors, exit codes."""
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pictures import write_classes
 from limpq_ext import Costs, Curve, Indicators, JointTrainer, LatencyEntry, LatencyTable, Policy
 from limpq_ext.allocation.budgets import BUDGETS
 from limpq_ext.values.costs import LayerCost, LiveTensor
+from limpq_ext.values.interactions import Interactions
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMPQ_INDICATORS = ROOT.parent / "shared" / "data" / "limpq_resnet50_indicators.pkl"
@@ -378,6 +380,9 @@ def search_files():
     Path("restrictions.yaml").write_text(
         "pairs: {'*': [[4, 8], w8a8]}\nmin_bits: {b: 8}\ntied: []\nfixed: {a: w4a8}\n"
     )
+    values = dict.fromkeys(itertools.product((2, 4, 8), repeat=2), 0.0) | {(4, 4): 5.0, (2, 4): 1.0}
+    weights = (("a", "weight"), ("b", "weight"))
+    Interactions.from_table({weights: values}).save("interactions.json")
 
 
 @pytest.mark.parametrize(
@@ -396,6 +401,8 @@ def search_files():
         (("--restrictions", "restrictions.yaml"), [(4, 8), (8, 8)]),
         (("--activation-bits", 16, "--mean-weight-bits", 4), [(4, 16), (4, 16)]),
         (("--weight-bits", 3, "--tie-shared-inputs"), [(3, 8), (3, 8)]),
+        (("--size", "50%", "--interactions", "interactions.json"), [(4, 8), (2, 8)]),
+        (("--mean-weight-bits", 6, "--smoothness", 1), [(4, 8), (4, 8)]),
     ],
 )
 def test_a_search_takes_budgets_and_restrictions(limpq, options, bits):
@@ -624,6 +631,8 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         ((*SEARCH, "indicators.json", "--restrictions", "none.yaml"), "'none.yaml' does not exist"),
         ((*SEARCH, "indicators.json", "--restrictions", "pairs.yaml"), "pairs.yaml: pairs.*[0]: "),
         ((*SEARCH, "indicators.json", "--weight-bits", 1), "weight_bits: 1 bits is outside"),
+        ((*SEARCH, "indicators.json", "--interactions", "none.json"), "none.json"),
+        ((*SEARCH, "indicators.json", "--smoothness", -1), "smoothness must be finite and not neg"),
         ((*SEARCH, "indicators.json", "--explain", "z"), "no searchable layer 'z'"),
         (
             ("pareto", "--indicators", "indicators.json", "--costs", "costs.json", "--over", "x"),

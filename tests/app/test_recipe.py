@@ -27,6 +27,7 @@ from limpq_ext.app.recipe import (
 )
 from limpq_ext.data.datasets import DataOptions
 from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
+from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyEntry, LatencyTable
 
 
@@ -55,6 +56,8 @@ def everything():
         "min_bits": {"a": 4, "b": [4, 8], "c": "w4a8"},
         "activation_bits": 8,
         "normalise": True,
+        "interactions": "interactions.json",
+        "smoothness": 0.01,
         "time_limit": 60,
         "gap": 1e-4,
     }
@@ -65,11 +68,14 @@ def test_a_recipe_can_ask_for_every_budget_and_restriction(tmp_path, monkeypatch
     (tmp_path / "latency.csv").write_text(
         "layer,weight_bits,activation_bits,seconds\na,4,8,0.001\n"
     )
+    interactions = Interactions.from_table({(("a", "weight"), ("b", "weight")): {(4, 4): 0.5}})
+    interactions.save(tmp_path / "interactions.json")
     recipe = make_recipe({"search": everything()})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     question = recipe.search.question()
     assert set(question) == Question.__annotations__.keys()
+    assert question["interactions"] == interactions
     assert question["latency_table"] == LatencyTable((LatencyEntry("a", 4, 8, 0.001),),
                                                      {"source": "latency.csv"})  # fmt: skip
     expected = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from limpq_ext.allocation.budgets import BUDGETS, find_budget, parse_budget
+from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
 
@@ -67,6 +68,16 @@ class Question:
             help="What to do with indicators that do not fall as bits grow.",
         ),
     ] = "forbid"
+    interactions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Pairwise scores to add: what two tensors cost together."
+        ),
+    ] = None
+    smoothness: Annotated[
+        float,
+        typer.Option(help="What a bit of difference between a layer and the next one costs."),
+    ] = 0.0
     time_limit: Annotated[float | None, typer.Option(help="Most seconds to solve.")] = None
     gap: Annotated[
         float | None,
@@ -96,6 +107,8 @@ class Question:
             asked[name] = None if text is None else parse_budget(name, text)
         table = self.latency_table
         asked["latency_table"] = None if table is None else LatencyTable.load(table)
+        pairwise = self.interactions
+        asked["interactions"] = None if pairwise is None else Interactions.load(pairwise)
         return asked
 
     def _all_limits(self) -> dict[str, str | None]:
@@ -119,6 +132,7 @@ _OPTIONS = (
     "alpha",
     "normalise",
     "non_monotone",
+    "smoothness",
     "time_limit",
     "gap",
 )
