@@ -66,4 +66,13 @@ struct BackwardProblem : Problem {
   void* workspace;  // backward_workspace_bytes(problem) bytes, 16-byte aligned, uninitialised
 };
 
+/// The sums of t = grad * (y[k] - x) and of t * t over each channel; with relu_max, of the x' that
+/// is quantized in the place of x. A channel here is what has a sum of its own: for sums over
+/// samples the caller makes a row of scales that has the tensor's scale for each sample.
+struct ErrorSumsProblem : Problem {
+  const void* grad;  // [outer, channels, inner], in dtype
+  double* sums;      // [2, count, channels]: of t, then of t * t
+  void* workspace;   // error_sums_workspace_bytes(problem) bytes, as for backward
+};
+
 }  // namespace limpq

@@ -24,8 +24,16 @@ struct Cpu {
     cpu::fake_quantize_backward(problems, count, run);
   }
 
-  static int64_t backward_workspace_bytes(const BackwardProblem& problem) {
+  static int64_t workspace_bytes(const BackwardProblem& problem) {
     return cpu::backward_workspace_bytes(problem);
+  }
+
+  static void run_error_sums(const ErrorSumsProblem& problem, const Tensor&) {
+    cpu::error_sums(problem, run);
+  }
+
+  static int64_t workspace_bytes(const ErrorSumsProblem& problem) {
+    return cpu::error_sums_workspace_bytes(problem);
   }
 };
 
@@ -65,6 +73,10 @@ STABLE_TORCH_LIBRARY(limpq_ext, m) {
         " -> ()");
   m.def("bank_backward(Tensor[] grads, int[] places, Tensor[] weights, Tensor[] scales, " LIMPQ_BANK
         " -> (Tensor[], Tensor[])");
+  m.def(
+      "quantization_error_sums(Tensor x, Tensor grad, Tensor scale, int[] quant_mins, "
+      "int[] quant_maxs, int? channel_axis, int? sum_axis, float scale_min, float scale_max, "
+      "float? relu_max=None) -> Tensor");
   m.def("build_info() -> str");
 #undef LIMPQ_RANGES
 #undef LIMPQ_LIST

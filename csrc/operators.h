@@ -363,10 +363,10 @@ inline void set_grad_factors(BackwardProblem& problem, const Tensor& x, const Qu
 
 /// Sets the workspace of each problem, from one allocation or, where the CPU needs little, from
 /// the stack, and calls run().
-template <typename Device, typename Run>
-void with_workspaces(BackwardProblem* problems, int64_t count, const Tensor& like, Run run) {
+template <typename Device, typename AnyProblem, typename Run>
+void with_workspaces(AnyProblem* problems, int64_t count, const Tensor& like, Run run) {
   const auto aligned = [&](int64_t i) {
-    return (Device::backward_workspace_bytes(problems[i]) + 15) / 16 * 16;
+    return (Device::workspace_bytes(problems[i]) + 15) / 16 * 16;
   };
   int64_t bytes = 0;
   for (int64_t i = 0; i < count; ++i) bytes += aligned(i);
@@ -387,7 +387,8 @@ void with_workspaces(BackwardProblem* problems, int64_t count, const Tensor& lik
 // --- the operators ------------------------------------------------------------------------------
 
 /// Device has run_forward(problems, count, like), run_backward(problems, count, like),
-/// backward_workspace_bytes(problem) and uses_host_memory: whether the host may read tensors.
+/// run_error_sums(problem, like), workspace_bytes(problem) and uses_host_memory: whether the host
+/// may read tensors.
 template <typename Device>
 struct Operators {
   // --- one problem, whose arguments are checked
@@ -758,6 +759,64 @@ struct Operators {
     return {std::move(dweights), std::move(dscales)};
   }
 
+  // --- what the errors add to the loss
+
+  /// The scales as a row for each bit-width with the one scale of the tensor for each of `groups`.
+  static Tensor repeated(const Tensor& scale, int64_t rows, int64_t groups) {
+    const int64_t sizes[] = {rows, groups}, strides[] = {groups, 1}, column[] = {rows, 1};
+    const Tensor row_for_each = empty_strided({sizes, 2}, {strides, 2}, scale.scalar_type(), scale);
+    const Tensor source = torch::stable::view(scale, {column, 2});
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(row_for_each.get(), source.get(), 0));
+    return row_for_each;
+  }
+
+  /// [2, bit-widths, groups]: the sums of grad * error and of its square.
+  static Tensor quantization_error_sums(const Tensor& x, const Tensor& grad, const Tensor& scale,
+                                        const std::vector<int64_t>& quant_mins,
+                                        const std::vector<int64_t>& quant_maxs,
+                                        std::optional<int64_t> channel_axis,
+                                        std::optional<int64_t> sum_axis, double scale_min,
+                                        double scale_max, std::optional<double> relu_max) {
+    Quantization how = {first_rows(quant_mins.size()),
+                        quant_mins,
+                        quant_maxs,
+                        std::nullopt,
+                        channel_axis,
+                        scale_min,
+                        scale_max,
+                        relu_max};
+    check_arguments(x, scale, how);
+    if (sum_axis) {
+      LIMPQ_CHECK("IndexError", *sum_axis >= -x.dim() && *sum_axis < x.dim(),
+                  "quantization_error_sums: sum_axis is ", *sum_axis, ", but x has ", x.dim(),
+                  " dimensions");
+      const bool fit =
+          !channel_axis || channel_axis_of(x, *channel_axis) == channel_axis_of(x, *sum_axis);
+      LIMPQ_CHECK("ValueError", fit, "quantization_error_sums: sum_axis is ", *sum_axis,
+                  ", but the scales are along axis ", channel_axis.value_or(0));
+    }
+    const Tensor x_dense = as_dense(x);
+    const Tensor dense_grad = gradient_for(x_dense, grad);
+    Tensor compute_scale = compute_scale_of(scale, x_dense);
+    how.channel_axis = channel_axis ? channel_axis : sum_axis;
+    const int64_t groups = how.channel_axis ? x.size(channel_axis_of(x, *how.channel_axis)) : 1;
+    const int64_t sizes[] = {2, how.count(), groups};
+    const int64_t strides[] = {how.count() * groups, groups, 1};
+    const Tensor sums = empty_strided({sizes, 3}, {strides, 3}, ScalarType::Double, x);
+    if (x.numel() == 0) {
+      fill_with_zeros(sums);
+      return sums;
+    }
+    if (sum_axis && !channel_axis) compute_scale = repeated(compute_scale, scale.numel(), groups);
+    ErrorSumsProblem problem;
+    describe(problem, x_dense, compute_scale, how);
+    problem.grad = dense_grad.const_data_ptr();
+    problem.sums = static_cast<double*>(sums.mutable_data_ptr());
+    with_workspaces<Device>(&problem, 1, x_dense,
+                            [&] { Device::run_error_sums(problem, x_dense); });
+    return sums;
+  }
+
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
     m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
@@ -765,6 +824,7 @@ struct Operators {
     m.impl("fake_quantize_selected_backward", TORCH_BOX(&fake_quantize_selected_backward));
     m.impl("bank_forward", TORCH_BOX(&bank_forward));
     m.impl("bank_backward", TORCH_BOX(&bank_backward));
+    m.impl("quantization_error_sums", TORCH_BOX(&quantization_error_sums));
   }
 };
 

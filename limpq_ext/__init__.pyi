@@ -20,8 +20,10 @@ from .graph.profile import profile as profile
 from .joint.trainer import JointStep as JointStep
 from .joint.trainer import JointTrainer as JointTrainer
 from .kernels.bank import WeightBank as WeightBank
+from .kernels.ops import ErrorSums as ErrorSums
 from .kernels.ops import lsq_fake_quantize as lsq_fake_quantize
 from .kernels.ops import lsq_fake_quantize_multi as lsq_fake_quantize_multi
+from .kernels.ops import quantization_error_sums as quantization_error_sums
 from .nn.batch_norm import SwitchableBatchNorm as SwitchableBatchNorm
 from .nn.layers import QuantConv1d as QuantConv1d
 from .nn.layers import QuantConv2d as QuantConv2d

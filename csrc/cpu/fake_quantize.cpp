@@ -249,6 +249,58 @@ void finish_scale_gradients(const BackwardProblem& p) {
   }
 }
 
+/// Writes the task's partial sums, [partials, 2, count, channels].
+template <typename T>
+void error_sums_task(const ErrorSumsProblem& problem, const Partition& partition,
+                     const Task& task) {
+  using C = typename ComputeType<T>::type;
+  const SpanKernels<T>& span = kernels<T>();
+  const int count = problem.count;
+  const T* x = static_cast<const T*>(problem.x);
+  const T* grad = static_cast<const T*>(problem.grad);
+  const Relu<C> relu = problem.relu<C>();
+  BitWidths<C> widths(problem);
+  double* partial[2 * max_bit_widths];  // of channel_begin
+  for (int i = 0; i < 2 * count; ++i) {
+    partial[i] = static_cast<double*>(problem.workspace) +
+                 (task.partial * 2 * count + i) * partition.channels + task.channel_begin;
+  }
+  if (partition.elementwise()) {
+    const int64_t channels = task.channel_end - task.channel_begin;
+    const C* scale[max_bit_widths];
+    for (int k = 0; k < count; ++k) scale[k] = widths.scale[k] + task.channel_begin;
+    for (int i = 0; i < 2 * count; ++i) std::fill_n(partial[i], channels, 0.0);
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = o * partition.channels + task.channel_begin;
+      span.error_sums_elementwise(x + offset, grad + offset, channels, relu, scale, widths.guard,
+                                  widths.ranges, count, partial, partial + count);
+    }
+    return;
+  }
+  for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
+    const Step<C>* steps = widths.of_channel(c);
+    double sums[2 * max_bit_widths] = {};
+    for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
+      const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
+      span.error_sums(x + offset, grad + offset, task.inner_end - task.inner_begin, relu, steps,
+                      count, sums, sums + count);
+    }
+    for (int i = 0; i < 2 * count; ++i) partial[i][c - task.channel_begin] = sums[i];
+  }
+}
+
+/// The sums from the partial sums, added in the order of the partials.
+void finish_error_sums(const ErrorSumsProblem& p) {
+  const double* partial = static_cast<const double*>(p.workspace);
+  const int64_t partials = Partition(p).partials();
+  const int64_t items = 2 * p.count * p.channels;
+  for (int64_t item = 0; item < items; ++item) {
+    double sum = 0;
+    for (int64_t i = 0; i < partials; ++i) sum += partial[i * items + item];
+    p.sums[item] = sum;
+  }
+}
+
 /// Calls visit(T()) with the type that stores one element.
 template <typename Visit>
 void with_type(DataType dtype, Visit visit) {
@@ -310,6 +362,15 @@ void backward_tasks(const void* context, int64_t begin, int64_t end) {
       });
 }
 
+void error_sums_tasks(const void* context, int64_t begin, int64_t end) {
+  static_cast<const ProblemList<ErrorSumsProblem>*>(context)->run_tasks(
+      begin, end,
+      [](const ErrorSumsProblem& problem, const Partition& partition, const Task& task) {
+        with_type(problem.dtype,
+                  [&](auto zero) { error_sums_task<decltype(zero)>(problem, partition, task); });
+      });
+}
+
 }  // namespace
 
 const std::string& capability() {
@@ -333,6 +394,17 @@ void fake_quantize_backward(const BackwardProblem* problems, int64_t count, Para
 
 int64_t backward_workspace_bytes(const BackwardProblem& problem) {
   return Partition(problem).partials() * problem.channels * problem.count * int64_t(sizeof(double));
+}
+
+void error_sums(const ErrorSumsProblem& problem, Parallel parallel) {
+  const ProblemList<ErrorSumsProblem> list{&problem, 1};
+  parallel(list.tasks(), list.grain(), error_sums_tasks, &list);
+  finish_error_sums(problem);
+}
+
+int64_t error_sums_workspace_bytes(const ErrorSumsProblem& problem) {
+  return 2 * Partition(problem).partials() * problem.channels * problem.count *
+         int64_t(sizeof(double));
 }
 
 }  // namespace limpq::cpu

@@ -17,9 +17,12 @@ using Parallel = void (*)(int64_t tasks, int64_t grain, TaskRange body, const vo
 /// All problems of the list in one parallel region.
 void fake_quantize_forward(const ForwardProblem* problems, int64_t count, Parallel parallel);
 void fake_quantize_backward(const BackwardProblem* problems, int64_t count, Parallel parallel);
+void error_sums(const ErrorSumsProblem& problem, Parallel parallel);
 
 /// Size of BackwardProblem::workspace.
 int64_t backward_workspace_bytes(const BackwardProblem& problem);
+/// Size of ErrorSumsProblem::workspace.
+int64_t error_sums_workspace_bytes(const ErrorSumsProblem& problem);
 
 /// The instruction set in use: "avx512", "avx2" or "baseline". The best that the processor has, or
 /// a lower one named by the environment variable LIMPQ_CPU_CAPABILITY. Read once.

@@ -1,7 +1,8 @@
 // Kernels over contiguous spans, one table of them per instruction set and data type.
 //
 // Memory traffic per element: forward reads x once and writes each of the K outputs once; backward
-// reads x and the K gradients once and writes dx once. No torch headers here.
+// reads x and the K gradients once and writes dx once; error_sums reads x and one gradient once. No
+// torch headers here.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,16 @@ struct SpanKernels {
   void (*backward_elementwise)(const T* x, const T* const* grad, T* dx, int64_t n, Relu<C> relu,
                                const C* const* scale, Guard<C> guard, const Range<C>* ranges,
                                int count, double* const* dscale);
+
+  /// sum[k] += the sum over i of t = grad[i] * (fake_quantize(x', steps[k]) - x'), x' = relu(x[i]),
+  /// and square[k] += that of t * t.
+  void (*error_sums)(const T* x, const T* grad, int64_t n, Relu<C> relu, const Step<C>* steps,
+                     int count, double* sum, double* square);
+
+  /// The same where every element has a scale of its own: scale[k][i], sum[k][i], square[k][i].
+  void (*error_sums_elementwise)(const T* x, const T* grad, int64_t n, Relu<C> relu,
+                                 const C* const* scale, Guard<C> guard, const Range<C>* ranges,
+                                 int count, double* const* sum, double* const* square);
 };
 
 // Each namespace is the same source, span_kernels.inl, compiled for another instruction set.

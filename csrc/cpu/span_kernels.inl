@@ -205,6 +205,53 @@ inline void backward_block(const C* __restrict x, const C* __restrict grad, C* _
   }
 }
 
+/// What the error of one element adds to the loss, to first order.
+template <typename C, typename MaybeRelu>
+LIMPQ_INLINE C error_term(C grad, C x, MaybeRelu relu, C scale, Range<C> range) {
+  const C value = relu.value(x);
+  return grad * (fake_quantize(value, scale, range) - value);
+}
+
+template <typename C, typename MaybeRelu>
+inline void error_sums_block(const C* __restrict x, const C* __restrict grad, int64_t n,
+                             MaybeRelu relu, Step<C> step, double& sum, double& square) {
+  C sums[lane_count] = {};
+  C squares[lane_count] = {};
+  int64_t i = 0;
+  for (; i + lane_count <= n; i += lane_count) {
+    for (int64_t lane = 0; lane < lane_count; ++lane) {
+      const C term = error_term(grad[i + lane], x[i + lane], relu, step.scale, step.range);
+      sums[lane] += term;
+      squares[lane] += term * term;
+    }
+  }
+  for (int64_t lane = 0; i < n; ++i, ++lane) {
+    const C term = error_term(grad[i], x[i], relu, step.scale, step.range);
+    sums[lane] += term;
+    squares[lane] += term * term;
+  }
+  double block_sum = 0;
+  double block_square = 0;
+  for (int64_t lane = 0; lane < lane_count; ++lane) {
+    block_sum += double(sums[lane]);
+    block_square += double(squares[lane]);
+  }
+  sum += block_sum;
+  square += block_square;
+}
+
+template <typename C, typename MaybeRelu>
+inline void error_sums_block(const C* __restrict x, const C* __restrict grad, int64_t n,
+                             MaybeRelu relu, const C* __restrict scale, Guard<C> guard,
+                             Range<C> range, double* __restrict sum, double* __restrict square) {
+  for (int64_t i = 0; i < n; ++i) {
+    const C guarded = guard_scale(scale[i], guard.scale_min, guard.scale_max);
+    const C term = error_term(grad[i], x[i], relu, guarded, range);
+    sum[i] += double(term);
+    square[i] += double(term * term);
+  }
+}
+
 // --- spans --------------------------------------------------------------------------------------
 
 /// Calls body(offset, length) for the blocks of a span.
@@ -250,6 +297,19 @@ inline void backward_span(const T* x, const T* const* grad, T* dx, int64_t n, in
       for (int64_t i = 0; i < length; ++i) dx_block[i] = C(0);
     }
     dx_writer.close(dx + offset, length);
+  });
+}
+
+/// Error sums over a span; add(k, offset, x, grad, length) does one block of one bit-width.
+template <typename T, typename Add>
+inline void error_sums_span(const T* x, const T* grad, int64_t n, int count, Add add) {
+  using C = typename ComputeType<T>::type;
+  Reader<T, C> x_reader;
+  Reader<T, C> grad_reader;
+  for_each_block(n, [&](int64_t offset, int64_t length) {
+    const C* x_block = x_reader.read(x + offset, length);
+    const C* grad_block = grad_reader.read(grad + offset, length);
+    for (int k = 0; k < count; ++k) add(k, offset, x_block, grad_block, length);
   });
 }
 
@@ -321,13 +381,43 @@ void backward_elementwise(const T* x, const T* const* grad, T* dx, int64_t n, Re
   });
 }
 
+template <typename T, typename C>
+void error_sums(const T* x, const T* grad, int64_t n, Relu<C> given, const Step<C>* steps,
+                int count, double* sum, double* square) {
+  with_relu(given, [=](auto relu) {
+    error_sums_span(x, grad, n, count,
+                    [=](int k, int64_t, const C* x_block, const C* grad_block, int64_t length) {
+                      error_sums_block(x_block, grad_block, length, relu, steps[k], sum[k],
+                                       square[k]);
+                    });
+  });
+}
+
+template <typename T, typename C>
+void error_sums_elementwise(const T* x, const T* grad, int64_t n, Relu<C> given,
+                            const C* const* scale, Guard<C> guard, const Range<C>* ranges,
+                            int count, double* const* sum, double* const* square) {
+  with_relu(given, [=](auto relu) {
+    error_sums_span(
+        x, grad, n, count,
+        [=](int k, int64_t offset, const C* x_block, const C* grad_block, int64_t length) {
+          error_sums_block(x_block, grad_block, length, relu, scale[k] + offset, guard, ranges[k],
+                           sum[k] + offset, square[k] + offset);
+        });
+  });
+}
+
 }  // namespace
 
 template <typename T>
 const SpanKernels<T>& span_kernels() {
   using C = typename ComputeType<T>::type;
-  static constexpr SpanKernels<T> kernels = {forward<T, C>, backward<T, C>,
-                                             forward_elementwise<T, C>, backward_elementwise<T, C>};
+  static constexpr SpanKernels<T> kernels = {forward<T, C>,
+                                             backward<T, C>,
+                                             forward_elementwise<T, C>,
+                                             backward_elementwise<T, C>,
+                                             error_sums<T, C>,
+                                             error_sums_elementwise<T, C>};
   return kernels;
 }
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -438,6 +438,95 @@ def bank_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
         return _operators.bank_backward.default(*args)
     except RuntimeError as error:
         raise _typed(error) from None
+
+
+# --- what the errors add to the loss ------------------------------------------------------------
+
+
+class ErrorSums(NamedTuple):
+    """What :func:`quantization_error_sums` returns.
+
+    Attributes:
+        sums: ``[K]`` or ``[K, n]``, float64: the sums of ``grad * error``.
+        squares: Of the same shape: the sums of ``(grad * error) ** 2``.
+    """
+
+    sums: Tensor
+    squares: Tensor
+
+
+def quantization_error_sums(
+    x: Tensor,
+    grad: Tensor,
+    scales: Tensor,
+    quant_mins: Sequence[int],
+    quant_maxs: Sequence[int],
+    *,
+    channel_axis: int | None = None,
+    sum_axis: int | None = None,
+    scale_min: float = SCALE_MIN,
+    scale_max: float = math.inf,
+    relu_max: float | None = None,
+) -> ErrorSums:
+    """What the error of K bit-widths adds to a loss, to first order, in one pass over x and grad.
+
+    With the error ``e_k = lsq_fake_quantize(x, scales[k], ...) - x`` in the type that is computed
+    in, it sums ``grad * e_k`` and its square, in double precision and always in the same order: the
+    same bits for any number of threads. Nothing as large as ``x`` is written.
+
+    Args:
+        x: Tensor of any shape, as for :func:`lsq_fake_quantize`.
+        grad: Of ``x``'s shape: the gradient of a loss.
+        scales: ``[K]`` per tensor, ``[K, x.shape[channel_axis]]`` per channel.
+        quant_mins: K lower thresholds in steps, each at most 0.
+        quant_maxs: K upper thresholds in steps, each above 0.
+        channel_axis: The axis that has a scale per index; None for one scale per bit-width.
+        sum_axis: The axis that has a sum per index, 0 for a sum of each sample; None: one sum over
+            all. With scales per channel it is their axis, or None.
+        scale_min: As for :func:`lsq_fake_quantize`.
+        scale_max: As for :func:`lsq_fake_quantize`.
+        relu_max: ``min(relu(x), relu_max)`` is quantized in the place of ``x``, infinity for ReLU;
+            None: x itself. Only with lower thresholds of 0.
+
+    Returns:
+        The sums, ``[K]``, or ``[K, x.shape[sum_axis]]``; float64. They have no gradient.
+
+    Raises:
+        TypeError: A dtype is not a supported floating-point one.
+        ValueError: Thresholds, shapes or devices do not fit, or K is not 1 to 15.
+        IndexError: ``x`` has no such axis.
+        NotImplementedError: torch.vmap is asked for.
+    """
+    how = (list(quant_mins), list(quant_maxs), channel_axis, sum_axis)
+    try:
+        both = _ERROR_SUMS(
+            x.detach(), grad.detach(), scales.detach(), *how, scale_min, scale_max, relu_max
+        )
+    except RuntimeError as error:
+        raise _typed(error) from None
+    # Channels with scales of their own have sums of their own too, until here.
+    return ErrorSums(*(both if sum_axis is not None else both.sum(dim=2)))
+
+
+def _shape_error_sums(
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    quant_mins: list[int],
+    quant_maxs: list[int],
+    channel_axis: int | None,
+    sum_axis: int | None,
+    *how: object,
+) -> Tensor:
+    _check_devices(x, scale, grad)
+    axis = channel_axis if channel_axis is not None else sum_axis
+    groups = 1 if axis is None else x.shape[axis]
+    return x.new_empty((2, len(quant_mins), groups), dtype=torch.float64)
+
+
+_ERROR_SUMS = _operators.quantization_error_sums.default
+torch.library.register_fake("limpq_ext::quantization_error_sums", _shape_error_sums)
+torch.library.register_vmap("limpq_ext::quantization_error_sums", _ForTransforms.vmap)
 
 
 # --- the build ----------------------------------------------------------------------------------
