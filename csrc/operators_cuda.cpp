@@ -52,8 +52,19 @@ struct Cuda {
     cuda::fake_quantize_backward(problems, count, zeros, stream);
   }
 
-  static int64_t backward_workspace_bytes(const BackwardProblem& problem) {
+  static int64_t workspace_bytes(const BackwardProblem& problem) {
     return cuda::backward_workspace_bytes(problem);
+  }
+
+  static void run_error_sums(const ErrorSumsProblem& problem, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    CUstream_st* const stream = current_stream(like);
+    const auto counters = counters_for(like, stream, cuda::error_sums_counter_bytes(problem));
+    cuda::error_sums(problem, counters ? counters->mutable_data_ptr() : nullptr, stream);
+  }
+
+  static int64_t workspace_bytes(const ErrorSumsProblem& problem) {
+    return cuda::error_sums_workspace_bytes(problem);
   }
 };
 

@@ -11,29 +11,16 @@
 //       dscale[scale_row[k], c] += terms.dscale
 //   dscale *= grad_factor, 0 where the guard replaced the scale
 //
-// The sum goes: a thread's elements in float, at most `longest_float_sum` packs of them; a block's
-// threads in double; and the blocks that share a channel in double as a tree (SumTree), each node
-// of which is added by the block that arrives last at it. Who adds varies from run to run, the
-// order of the additions does not.
+// How the sums go is said in sums.cuh.
 #pragma once
 
 #include <tuple>
 #include <type_traits>
 
-#include "quantizers.cuh"
+#include "sums.cuh"
 #include "table.cuh"
 
 namespace limpq::cuda {
-
-/// Scratch of a block: its threads' sums first, then those of combine().
-__device__ __forceinline__ unsigned char* shared_memory() {
-#if defined(__CUDACC__)
-  extern __shared__ __align__(16) unsigned char bytes[];
-  return bytes;
-#else
-  return cuda_on_host::shared_memory();
-#endif
-}
 
 template <typename T>
 struct BackwardWidth : Quantizer<ComputeType<T>> {
@@ -41,15 +28,12 @@ struct BackwardWidth : Quantizer<ComputeType<T>> {
   double grad_factor;
 };
 
-/// The sums over blocks. A block works on `items` sums, count x group_channels of them: item
-/// k * group_channels + j belongs to bit-width k and channel group * group_channels + j.
+/// The sums for dscale, count x group_channels of them in each block: item k * group_channels + j
+/// belongs to bit-width k and channel group * group_channels + j.
 template <typename C>
 struct ScaleGradient {
-  C* dscale;            // [scale_rows, channels]
-  double* part_sums;    // [groups, parts, items]
-  double* branch_sums;  // [groups, branches, items]
-  unsigned* counters;   // [groups, 1 + branches]
-  SumTree tree;
+  C* dscale;  // [scale_rows, channels]
+  BlockSums sums;
   int32_t scale_rows;
   int group_channels;
 
@@ -69,64 +53,8 @@ struct ScaleGradient {
   template <typename Problem>
   __device__ __forceinline__ void deliver(const Problem& of, unsigned group, unsigned part,
                                           int item, double sum) const {
-    if (tree.parts == 1) {
-      finish(of, group, item, sum);
-    } else {
-      const int64_t items = int64_t(of.problem.count) * group_channels;
-      part_sums[(int64_t(group) * tree.parts + part) * items + item] = sum;
-    }
-  }
-
-  /// Counts the blocks that came here; true in the last of `expected`, which sees all that the
-  /// others wrote before. Leaves the counter at 0 for the next launch.
-  __device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned expected) const {
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(counter, 1u) == expected - 1;
-      if (last) {
-        *counter = 0;
-        __threadfence();
-      }
-    }
-    return __syncthreads_or(last);
-  }
-
-  /// For each item, the sum over `parts` in a fixed order, handed to `take(item, sum)`.
-  template <typename Take>
-  __device__ __forceinline__ void combine(const double* sums, unsigned parts, int items,
-                                          Take&& take) const {
-    double* const scratch = reinterpret_cast<double*>(shared_memory());
-    const int threads = blockDim.x;
-    // Few items: several threads add each, and one adds theirs.
-    const int helpers = items >= threads ? 1 : min(warp_size, threads / items);
-    for (int first = 0; first < items; first += threads) {
-      const int item = helpers == 1 ? first + int(threadIdx.x) : threadIdx.x % items;
-      const int helper = helpers == 1 ? 0 : threadIdx.x / items;
-      const bool busy = item < items && helper < helpers;
-      double sum = 0;
-      if (busy) {
-        // Past the L1 cache: it may hold what was here before the other blocks wrote.
-#pragma unroll 4
-        for (unsigned i = helper; i < parts; i += helpers) {
-          sum += __ldcg(sums + int64_t(i) * items + item);
-        }
-      }
-      if (helpers == 1) {
-        if (busy) take(item, sum);
-        continue;
-      }
-      if (busy) scratch[helper * items + item] = sum;
-      __syncthreads();
-      if (helper == 0) {
-        sum = 0;
-#pragma unroll 4
-        for (int h = 0; h < helpers; ++h) sum += scratch[h * items + item];
-        take(item, sum);
-      }
-      __syncthreads();
-    }
+    sums.deliver(group, part, int64_t(of.problem.count) * group_channels, item, sum,
+                 [&](int item, double sum) { finish(of, group, item, sum); });
   }
 
   /// Rows that no bit-width of this call uses.
@@ -147,30 +75,9 @@ struct ScaleGradient {
   /// After the block has delivered all of its items.
   template <typename Problem>
   __device__ __forceinline__ void complete(const Problem& of, unsigned group, unsigned part) const {
-    const int items = of.problem.count * group_channels;
-    if (tree.parts > 1 && items > 0) {
-      const unsigned branch = part / tree.fan_in;
-      const unsigned first = branch * tree.fan_in;
-      const unsigned parts = min(tree.fan_in, tree.parts - first);
-      unsigned* const counter = counters + int64_t(group) * (1 + tree.branches);
-      const auto finish_item = [&](int item, double sum) { finish(of, group, item, sum); };
-
-      if (!last_to_arrive(counter + 1 + branch, parts)) return;
-      const double* const branch_parts = part_sums + (int64_t(group) * tree.parts + first) * items;
-      if (tree.branches == 1) {
-        combine(branch_parts, parts, items, finish_item);
-      } else {
-        double* const group_branches = branch_sums + int64_t(group) * tree.branches * items;
-        combine(branch_parts, parts, items, [&](int item, double sum) {
-          group_branches[int64_t(branch) * items + item] = sum;
-        });
-        if (!last_to_arrive(counter, tree.branches)) return;
-        combine(group_branches, tree.branches, items, finish_item);
-      }
-    } else if (part != 0) {
-      return;
-    }
-    clear_unused_rows(of, group);
+    const bool all = sums.complete(group, part, of.problem.count * group_channels,
+                                   [&](int item, double sum) { finish(of, group, item, sum); });
+    if (all) clear_unused_rows(of, group);
   }
 };
 
@@ -304,21 +211,12 @@ __global__ void __launch_bounds__(backward_rows_block, backward_rows_residents<T
   if (single) sums[threadIdx.x] = only_sum;
   __syncthreads();
 
-  // One warp for each item: it adds the sums of the item's team.
+  const auto& scale_gradient = picked.problem.scale_gradient;
   const unsigned part = chunk * p.pieces + piece;
-  const int warp_lane = threadIdx.x % warp_size;
-  for (int item = threadIdx.x / warp_size; item < count * teams; item += threads / warp_size) {
-    const int k = item / teams;
-    const C* const team_sums = sums + k * threads + item % teams * p.team;
-    double sum = 0;
-    for (int i = warp_lane; i < p.team; i += warp_size) sum += team_sums[i];
-#pragma unroll
-    for (int distance = warp_size / 2; distance > 0; distance /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    }
-    if (warp_lane == 0) p.scale_gradient.deliver(picked, group, part, item, sum);
-  }
-  p.scale_gradient.complete(picked, group, part);
+  add_teams<threads>(sums, count, p.team, [&](int item, double sum) {
+    scale_gradient.deliver(picked, group, part, item, sum);
+  });
+  scale_gradient.complete(picked, group, part);
 }
 
 template <typename T>
@@ -337,10 +235,6 @@ struct BackwardColumns {
   const int64_t* selected;
   int first_width;
 };
-
-/// Rows that a thread has in registers at a time.
-template <typename T>
-constexpr int column_rows = sizeof(T) == 2 ? 2 : 4;
 
 /// Bytes per element: sizeof(T) * (2 + count), and the scales, which stay in the cache.
 ///
@@ -427,36 +321,16 @@ __global__ void __launch_bounds__(backward_columns_block, backward_columns_resid
   }
   __syncthreads();
 
-  // One thread for each item: it adds the sums of the threads above each other.
-  const int group_channels = p.width * V;
-  for (int item = threadIdx.x; item < count * group_channels; item += threads) {
-    const int k = item / group_channels;
-    const int j = item % group_channels % V;
-    const C* const column = sums + (k * V + j) * threads + item % group_channels / V;
-    double sum = 0;
-    for (int i = 0; i < height; ++i) sum += column[i * p.width];
-    p.scale_gradient.deliver(picked, group, chunk, item, sum);
-  }
-  p.scale_gradient.complete(picked, group, chunk);
+  const auto& scale_gradient = picked.problem.scale_gradient;
+  add_columns<V>(sums, count, p.width, [&](int item, double sum) {
+    scale_gradient.deliver(picked, group, chunk, item, sum);
+  });
+  scale_gradient.complete(picked, group, chunk);
 }
 
 /// How a backward problem is cut: which kernel, and what it asks of its caller.
-struct BackwardLayout {
-  static constexpr int shared_limit = 48 * 1024;  // what every GPU gives without asking
-
+struct BackwardLayout : SumsLayout {
   BackwardProblem problem;  // collapsed, bit-widths without a gradient left out
-  unsigned* counters = nullptr;
-  bool columns;
-  int pack;  // elements of an access
-  bool aligned;
-  int64_t blocks = 0;
-  int64_t groups = 0;
-  int group_channels = 0;
-  int shared_bytes = 0;
-  SumTree tree{1};
-  // One of these is in use.
-  RowsLayout rows;
-  ColumnsLayout column;
 
   static BackwardLayout of(const BackwardProblem& problem) {
     const BackwardProblem used = with_gradients(problem);
@@ -467,70 +341,31 @@ struct BackwardLayout {
 
   /// What the caller has to provide, whatever its pointers will be.
   static int64_t workspace_bytes(const BackwardProblem& problem) {
-    return most(problem, [](const BackwardLayout& layout) { return layout.workspace_bytes(); });
+    return most(problem, [](const SumsLayout& layout) { return layout.workspace_bytes(); });
   }
   static int64_t counter_bytes(const BackwardProblem& problem) {
-    return most(problem, [](const BackwardLayout& layout) { return layout.counter_bytes(); });
+    return most(problem, [](const SumsLayout& layout) { return layout.counter_bytes(); });
   }
 
   /// Problems of one kind run in one launch.
   auto kind() const { return std::tuple(problem.dtype, columns, pack); }
 
-  int64_t items() const { return int64_t(problem.count) * group_channels; }
-  int64_t workspace_bytes() const {
-    return items() == 0 ? 0 : tree.workspace(groups, items()) * int64_t(sizeof(double));
-  }
-  int64_t counter_bytes() const {
-    return items() == 0 ? 0 : tree.counters(groups) * int64_t(sizeof(unsigned));
-  }
-
-  /// `alike`: whether all pointers have the same offset from a 16-byte boundary, `at_16`: whether
-  /// it is 0.
   BackwardLayout(const BackwardProblem& original, bool alike, bool at_16)
-      : problem(with_gradients(collapse(original))),
-        columns(by_columns(problem)),
-        pack(1),
-        aligned(alike) {
-    const int widest = 16 / element_bytes(problem.dtype);
-    const int compute_bytes = problem.dtype == DataType::float64 ? 8 : 4;
-    if (columns) {
-      const int wide_bytes = problem.count * widest * backward_columns_block * compute_bytes;
-      if (alike && at_16 && problem.channels % widest == 0 && wide_bytes <= shared_limit) {
-        pack = widest;
-      }
-      column = ColumnsLayout(problem, pack, backward_columns_block, step_rows(problem.dtype), 1,
-                             longest_float_sum);
-      blocks = column.blocks();
-      groups = column.groups;
-      group_channels = column.width * pack;
-      tree = SumTree(column.chunks);
-      shared_bytes = problem.count * pack * backward_columns_block * compute_bytes;
-    } else {
-      pack = widest;
-      rows = RowsLayout(problem, pack, backward_rows_block, 1, longest_float_sum);
-      blocks = rows.blocks();
-      groups = rows.groups;
-      group_channels = backward_rows_block / rows.team;
-      tree = SumTree(checked_unsigned(int64_t(rows.chunks) * rows.pieces, "blocks"));
-      const int divisor_bytes = 8;  // double, or float and its reciprocal
-      shared_bytes =
-          problem.count * (backward_rows_block * compute_bytes + group_channels * divisor_bytes);
-    }
-    const int block = columns ? backward_columns_block : backward_rows_block;
-    shared_bytes = std::max(shared_bytes, block * int(sizeof(double)));  // combine()
-  }
+      : BackwardLayout(Used{with_gradients(collapse(original))}, alike, at_16) {}
 
  private:
-  /// The most over all alignments.
+  struct Used {
+    BackwardProblem problem;
+  };
+  BackwardLayout(const Used& used, bool alike, bool at_16)
+      : SumsLayout(used.problem, used.problem.count, backward_rows_block, backward_columns_block,
+                   alike, at_16),
+        problem(used.problem) {}
+
   template <typename Bytes>
   static int64_t most(const BackwardProblem& problem, Bytes&& bytes_of) {
-    const BackwardLayout scalars(problem, false, false);
-    if (!scalars.columns) return bytes_of(scalars);  // the cut of rows does not depend on it
-    return std::max(bytes_of(scalars), bytes_of(BackwardLayout(problem, true, true)));
-  }
-
-  static int step_rows(DataType dtype) {
-    return element_bytes(dtype) == 2 ? column_rows<__half> : column_rows<float>;
+    return most_bytes([&](bool alike, bool at_16) { return BackwardLayout(problem, alike, at_16); },
+                      bytes_of);
   }
 
   static BackwardProblem with_gradients(BackwardProblem problem) {
@@ -576,11 +411,7 @@ Work describe_backward(const BackwardLayout& layout, Entry& entry) {
   scale_gradient.dscale = static_cast<C*>(problem.dscale);
   scale_gradient.scale_rows = checked_unsigned(problem.scale_rows, "scale rows");
   scale_gradient.group_channels = layout.group_channels;
-  scale_gradient.tree = layout.tree;
-  scale_gradient.part_sums = static_cast<double*>(problem.workspace);
-  scale_gradient.branch_sums =
-      scale_gradient.part_sums + layout.groups * layout.tree.parts * layout.items();
-  scale_gradient.counters = layout.counters;
+  scale_gradient.sums = layout.block_sums(problem.workspace);
   return {layout.blocks, layout.shared_bytes};
 }
 
@@ -647,7 +478,7 @@ void dispatch_backward(const BackwardProblem* problems, int64_t count, void* cou
     if (problems[i].scale_rows * problems[i].channels == 0) continue;  // x has no element either
     BackwardLayout layout = BackwardLayout::of(problems[i]);
     layout.counters = next_counter;
-    if (layout.items() > 0) next_counter += layout.tree.counters(layout.groups);
+    if (layout.items > 0) next_counter += layout.tree.counters(layout.groups);
     layouts.push_back(layout);
   }
   for_each_kind(layouts, [&](auto zero, const std::vector<const BackwardLayout*>& alike) {

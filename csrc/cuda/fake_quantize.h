@@ -1,5 +1,5 @@
-// Fake quantization on CUDA: what the launchers in forward.cu and backward.cu offer. Neither torch
-// nor CUDA headers are needed to include this.
+// Fake quantization on CUDA: what the launchers in forward.cu, backward.cu and error_sums.cu offer.
+// Neither torch nor CUDA headers are needed to include this.
 //
 // A list of problems is one kernel launch where it is homogeneous: of one data type, all per tensor
 // or with channels that are rows of memory (or all with channels that are columns and of one
@@ -47,6 +47,14 @@ int64_t backward_workspace_bytes(const BackwardProblem& problem);
 /// every call; and not a static array with slots dealt out by the launcher, since a graph keeps the
 /// slot of its capture for ever and so may meet any other call in it.
 int64_t backward_counter_bytes(const BackwardProblem* problems, int64_t count);
+
+/// `counters`: error_sums_counter_bytes(problem) bytes, as for backward. One launch; the problem is
+/// not empty.
+void error_sums(const ErrorSumsProblem& problem, void* counters, CUstream_st* stream);
+
+/// Bytes of ErrorSumsProblem::workspace, and of the counters.
+int64_t error_sums_workspace_bytes(const ErrorSumsProblem& problem);
+int64_t error_sums_counter_bytes(const ErrorSumsProblem& problem);
 
 /// Whether what is launched on the stream is being captured into a graph.
 bool is_capturing(CUstream_st* stream);

@@ -5,6 +5,7 @@
 #include "cuda_on_host.h"
 // clang-format off: the stand-in comes first
 #include "../../csrc/cuda/backward.cuh"
+#include "../../csrc/cuda/error_sums.cuh"
 #include "../../csrc/cuda/forward.cuh"
 // clang-format on
 
@@ -173,6 +174,57 @@ class Trial {
     call.problem.dscale = call.dscale.data();
     call.problem.workspace = call.workspace.data();
     return call;
+  }
+
+  struct Sums {
+    ErrorSumsProblem problem{};
+    Buffer<double> sums;
+    Buffer<double> workspace;
+    Buffer<unsigned> counters;
+
+    void run(BlockOrder order) {
+      dispatch_error_sums(problem, counters.data(), cuda_on_host::launcher(order));
+      for (int64_t i = 0; i < counters.size(); ++i) EXPECT_EQ(counters[i], 0u);
+    }
+  };
+
+  /// With the gradient of bit-width 0.
+  Sums error_sums() {
+    ErrorSumsProblem problem{};
+    static_cast<Problem&>(problem) = problem_;
+    problem.grad = grad_[0].data();
+    Sums call{problem, Buffer<double>(2 * case_.count * case_.channels),
+              Buffer<double>(ErrorSumsLayout::workspace_bytes(problem) / 8),
+              Buffer<unsigned>(ErrorSumsLayout::counter_bytes(problem) / 4)};
+    for (int64_t i = 0; i < call.counters.size(); ++i) call.counters[i] = 0;
+    call.problem.sums = call.sums.data();
+    call.problem.workspace = call.workspace.data();
+    return call;
+  }
+
+  void compare(Sums& call) {
+    SCOPED_TRACE(case_.text());
+    const int64_t each = case_.count * case_.channels;
+    std::vector<double> sums(2 * each), sizes(2 * each);
+    for (int k = 0; k < case_.count; ++k) {
+      for (int64_t i = 0; i < size_; ++i) {
+        const int64_t at = k * case_.channels + channel(i);
+        const C error = fake_quantize(quantized(i), guarded(k, i), range(k)) - quantized(i);
+        const C term = widen(grad_[0][i]) * error;
+        sums[at] += term;
+        sizes[at] += std::abs(double(term));
+        sums[each + at] += term * term;
+        sizes[each + at] += term * term;
+      }
+    }
+    for (int64_t at = 0; at < 2 * each; ++at) {
+      SCOPED_TRACE("sum " + std::to_string(at));
+      if (!std::isfinite(sizes[at])) {
+        ASSERT_FALSE(std::isfinite(call.sums[at]));
+      } else {
+        ASSERT_NEAR(call.sums[at], sums[at], 1e-5 * sizes[at] + 1e-40);
+      }
+    }
   }
 
   void compare(Forward& call) {
@@ -430,6 +482,17 @@ class Kernels : public ::testing::Test {
     counters.run({again.problem}, BlockOrder::descending);
     EXPECT_TRUE(backward.dx.same_bits(again.dx));
     EXPECT_TRUE(backward.dscale.same_bits(again.dscale));
+  }
+
+  /// The error sums alone.
+  static void check_error_sums(const Case& c) {
+    Trial<T> trial(c);
+    auto once = trial.error_sums();
+    once.run(BlockOrder::ascending);
+    trial.compare(once);
+    auto again = trial.error_sums();
+    again.run(BlockOrder::descending);
+    EXPECT_TRUE(once.sums.same_bits(again.sums));
   }
 
   /// A tensor selects each bit-width in turn: the results are those of that bit-width alone.
@@ -698,6 +761,42 @@ TYPED_TEST(Kernels, ListsLongerThanATable) {
 
 TYPED_TEST(Kernels, AnEmptyList) {
   this->check_list({}, {0, 0});
+}
+
+TYPED_TEST(Kernels, ErrorSums) {
+  constexpr int V = vector_size<TypeParam>;
+  for (const int64_t size : {1, 3, 31, 1023, 4099}) this->check_error_sums({.inner = size});
+  this->check_error_sums({.inner = 1023, .count = 15});
+  this->check_error_sums({.inner = 4099, .count = 5, .x_offset = 1});
+  this->check_error_sums({.channels = 32, .inner = 147, .count = 5});
+  this->check_error_sums({.outer = 3, .channels = 9, .inner = 31, .count = 2, .x_offset = 1});
+  this->check_error_sums({.outer = 2, .channels = 3, .inner = 4099, .count = 2});
+  this->check_error_sums({.outer = 31, .channels = 4 * V, .count = 5});
+  this->check_error_sums({.outer = 31, .channels = 4 * V + 1, .count = 5});
+  this->check_error_sums({.outer = 31, .channels = 2 * V, .count = 15});
+  this->check_error_sums({.outer = 255, .channels = 3, .count = 2, .x_offset = 1});
+}
+
+TYPED_TEST(Kernels, ErrorSumsOverManyBlocks) {
+  constexpr int V = vector_size<TypeParam>;
+  this->check_error_sums({.inner = 70 * error_sums_block * V});
+  this->check_error_sums({.outer = 70 * 2 * column_rows<TypeParam>, .channels = 64 * V});
+}
+
+TYPED_TEST(Kernels, ErrorSumsOfSpecialValues) {
+  constexpr int V = vector_size<TypeParam>;
+  const std::optional<double> ceilings[] = {{}, 1.5, std::numeric_limits<double>::infinity()};
+  for (const auto ceiling : ceilings) {
+    for (Case c : {Case{.inner = 255, .count = 2}, Case{.channels = 11, .inner = 31, .count = 2},
+                   Case{.outer = 31, .channels = 4 * V, .count = 2}}) {
+      c.relu_max = ceiling;
+      this->check_error_sums(c);
+      c.values = Values::special_with_nan;
+      this->check_error_sums(c);
+      c.odd_scales = true;
+      this->check_error_sums(c);
+    }
+  }
 }
 
 TEST(Lists, ProblemsOfSeveralDataTypesAreALaunchForEach) {
