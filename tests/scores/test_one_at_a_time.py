@@ -38,6 +38,18 @@ class Sequence(nn.Module):
         return self.head(x.mean(0))
 
 
+class Positions(Twice):
+    """One layer sees no samples, but what is the same for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("places", torch.linspace(-1, 1, 8).reshape(4, 2))
+        self.table = nn.Linear(2, 27)
+
+    def forward(self, x):
+        return super().forward(x + self.table(self.places).reshape(3, 6, 6))
+
+
 class Centred(Twice):
     """Samples mix: each batch is centred."""
 
@@ -70,7 +82,7 @@ class Noting(nn.Module):
         return x * self.scale
 
 
-NETWORKS = [Twice, Residual, Sequence, Centred, Counting]
+NETWORKS = [Twice, Residual, Sequence, Positions, Centred, Counting]
 
 
 @pytest.mark.parametrize("correct", [True, False])
