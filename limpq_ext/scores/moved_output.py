@@ -63,7 +63,8 @@ class Moments:
 
     def add(self, values: Tensor) -> None:
         """Count what is ``[samples, channels, n]``."""
-        sums = torch.stack([values.sum(dim=2), values.square().sum(dim=2)])
+        norms = torch.linalg.vector_norm(values, dim=2)
+        sums = torch.stack([values.sum(dim=2), norms.square()])
         self._sums = self._sums + sums.sum(dim=1, dtype=torch.float64)  # [2, channels]
         self._count += values.shape[0] * values.shape[2]
 

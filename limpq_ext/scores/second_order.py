@@ -151,7 +151,8 @@ def gradient(
 
 _Which = tuple[Kind, int]
 _Parts = tuple[Tensor, Tensor, Tensor]
-"""Of one call the error, the output and the gradient, each ``[samples, channels, n]``."""
+"""Of one call the error, the output and the gradient, each ``[samples, channels, n]``; the first is
+overwritten."""
 
 
 class _Layer:
@@ -196,7 +197,8 @@ class _Layer:
                     moved = [parts(layer(*one.inputs, **one.keywords)) for one in calls]
                 if self._corrected != "none":
                     self._moved[kind, width].add(moved[0])
-                errors = [after - y for after, y in zip(moved, outputs, strict=True)]
+                # In place, since new memory for every tensor takes as long as the sums.
+                errors = [after.sub_(y) for after, y in zip(moved, outputs, strict=True)]
                 self._products.add_errors(
                     (kind, width), list(zip(errors, outputs, slopes, strict=True))
                 )
@@ -227,7 +229,7 @@ class _PerSample:
 
     def add_errors(self, which: _Which, calls: Sequence[_Parts]) -> None:
         self._of_errors[which].append(
-            torch.stack([(g * error).sum(dim=2) for error, _, g in calls]).sum(dim=0)
+            torch.stack([error.mul_(g).sum(dim=2) for error, _, g in calls]).sum(dim=0)
         )
 
     def total(self, which: _Which) -> Tensor:
@@ -252,7 +254,7 @@ class _Diagonal:
 
     def add_errors(self, which: _Which, calls: Sequence[_Parts]) -> None:
         for error, y, g in calls:
-            own = g * error
+            own = error.mul_(g)
             self._with_errors[which].append(_sums((own, own), (own, g * y), (own, g)))
 
     def total(self, which: _Which) -> Tensor:
