@@ -9,7 +9,10 @@ output on to its inputs, and the sum stays what it is. The rules are after Bach 
   output; every input gets its share of it. Where that is 0, ``f(x+, -w-) + f(x-, -w+)`` takes its
   place: else a depthwise convolution would lose most of the relevance. The bias gets nothing.
 - A product of two values, of matrices (attention) or elementwise (gates): input times gradient,
-  ``x * dz/dx * R / z``, which gives each of the two all of R; so each gets half.
+  ``x * dz/dx * R / z``, which gives each of the two all of R; so each gets half. Sums of matrix
+  products come near 0 with large parts of either sign, and a few of them would have most of all
+  ``|R|``. So a part ``p_i`` of ``z`` gets ``(p_i + d |p_i|) / (z + d sum |p_j|)``, or with ``-d``
+  where ``z`` is negative, ``d`` being `BY_MAGNITUDE`. The sum stays what it is.
 - An addition, a mean, a pooling of means, an interpolation: by magnitude, ``|x_i| / sum |x_j|``.
   Chefer et al. share an addition by ``x_i / sum x_j`` and then scale both parts so that the sum is
   kept; by magnitude it is kept for every element, and no denominator comes near 0.
@@ -33,6 +36,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from limpq_ext.nn.inputs import call
 from limpq_ext.scores.tape import Call, Carried, Tape, Value, no_rule
+
+BY_MAGNITUDE: Final = 0.1
+"""How much of a product of two matrices is shared by magnitude alone. Without it the importances of
+a small vision transformer differed from one set of images to another by up to a factor of 5; from
+0.03 to 0.25 by no more than 1.2."""
 
 Shares = Iterable[tuple[Value, Tensor]]
 """What each input gets of the relevance of an output."""
@@ -244,13 +252,19 @@ def _bilinear(
 def _two_values(
     multiply: Callable[[Tensor, Tensor], Tensor], one: Value, other: Value, relevance: Tensor
 ) -> Shares:
-    """Input times gradient."""
+    """Input times gradient, with some of it by magnitude; half to each factor."""
     with torch.enable_grad():
         factors = [value.values.detach().requires_grad_() for value in (one, other)]
         z = multiply(*factors)
-    gradients = torch.autograd.grad(z, factors, _ratio(relevance, z.detach()))
-    for value, factor, gradient in zip((one, other), factors, gradients, strict=True):
-        yield value, factor.detach() * gradient / 2
+        magnitudes = [factor.detach().abs().requires_grad_() for factor in factors]
+        total = multiply(*magnitudes)
+    sign = torch.where(z.detach() < 0, -1.0, 1.0).to(z.dtype)
+    ratio = _ratio(relevance, z.detach() + sign * BY_MAGNITUDE * total.detach())
+    signed = torch.autograd.grad(z, factors, ratio)
+    unsigned = torch.autograd.grad(total, magnitudes, ratio * sign * BY_MAGNITUDE)
+    for place, value in enumerate((one, other)):
+        share = factors[place] * signed[place] + magnitudes[place] * unsigned[place]
+        yield value, share.detach() / 2
 
 
 def _positive_products(

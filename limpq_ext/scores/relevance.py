@@ -45,6 +45,9 @@ def relevance(
     :mod:`limpq_ext.scores.propagation`, after Chefer et al. (arXiv 2012.09838); the score is after
     LRP-QViT (arXiv 2401.11243).
 
+    Relevance is kept from layer to layer, so layers are told apart by where a network branches:
+    residuals, attention, gates. In a chain of layers without branches all are equally important.
+
     It needs no gradients of the loss, and of each batch one forward and a way back that costs about
     as much as three to ten more; another forward where the error is measured. One batch at a time
     is in memory, with what its forward computes.

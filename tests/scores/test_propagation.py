@@ -73,8 +73,10 @@ def by_magnitude(parts, relevance):
 
 
 def by_input_times_gradient(a, b, relevance):
-    """Of ``z = a @ b``, ``[..., n, k] @ [..., k, m]``: half of a * dz/da * R / z to each factor."""
+    """Of ``z = a @ b``, ``[..., n, k] @ [..., k, m]``, product by product, half to each factor."""
     products = a[..., :, :, None] * b[..., None, :, :]  # [..., n, k, m]
+    sign = torch.where(products.sum(dim=-2, keepdim=True) < 0, -1.0, 1.0)
+    products = products + sign * 0.1 * products.abs()
     shares = products / products.sum(dim=-2, keepdim=True) * relevance[..., :, None, :] / 2
     return shares.sum(dim=-1), shares.sum(dim=-3)
 
