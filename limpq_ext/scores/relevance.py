@@ -8,18 +8,20 @@ importance for the weights and the input of a layer, and how the two scores are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.nn.inputs import call
 from limpq_ext.scores.propagation import propagate
 from limpq_ext.scores.subject import KINDS, Subject, log_probabilities
 from limpq_ext.training.batches import Batches
+from limpq_ext.training.correction import correct_statistics
 from limpq_ext.values.indicators import Indicators, Kind
 
 Error = Literal["power", "measured"]
@@ -85,6 +87,7 @@ def relevance_sensitivity(
     base_bits: int = 8,
     mix: Literal["product"] | float = "product",
     error: Error = "power",
+    correct: bool = True,
     **options: Any,
 ) -> Indicators:
     """A layer's importance together with what it does to the output, all others at a base width.
@@ -95,7 +98,7 @@ def relevance_sensitivity(
     the other at ``base_bits``, since a search chooses both.
 
     It needs what :func:`relevance` needs, and ``1 + 2 * layers * len(bits)`` forwards of each batch
-    more.
+    more; three times as many, and as often a trace, where there is batch normalisation to correct.
 
     Args:
         model: As for :func:`relevance`.
@@ -106,6 +109,9 @@ def relevance_sensitivity(
             that of :func:`relevance`, and the rest is the sensitivity, both divided by their means
             (:meth:`Indicators.normalised`).
         error: That of :func:`relevance`; counts where ``mix`` is a number.
+        correct: Measure with batch normalisation corrected by what quantization moves, as
+            :func:`limpq_ext.calibrate` corrects that of a prepared model with a reference. All
+            batches are then run as one, too.
         **options: As for :func:`relevance`.
 
     Returns:
@@ -119,22 +125,21 @@ def relevance_sensitivity(
     if mix != "product" and not (isinstance(mix, float | int) and 0 <= mix <= 1):
         raise ValueError(f"mix is {mix!r}, expected 'product' or a number from 0 to 1")
     subject = Subject(model, batches, sorted({*bits, base_bits}), **options)
+    sensitivity = _sensitivities(subject, base_bits, model if correct else None)
     name = "relevance_sensitivity"
     if mix == "product":
         shares = _importance(subject)
-        sensitivity = _sensitivities(subject, bits, base_bits)
         found = subject.scores(name, bits, lambda *key: shares[key[0]] * sensitivity(*key))
     else:
         first = subject.scores(name, bits, _relevances(subject, bits, error)).normalised()
-        second = subject.scores(name, bits, _sensitivities(subject, bits, base_bits)).normalised()
+        second = subject.scores(name, bits, sensitivity).normalised()
         tables = [_table(part) for part in (first, second)]
         found = subject.scores(
             name, bits, lambda *key: mix * tables[0][key] + (1 - mix) * tables[1][key]
         )
-    chosen = {"base_bits": base_bits, "mix": mix, "error": error}
-    if mix == "product":
-        del chosen["error"]  # it does not count
-    return dataclasses.replace(found, meta=found.meta | chosen)
+    chosen = {"base_bits": base_bits, "mix": mix, "correct": correct}
+    counting = {} if mix == "product" else {"error": error}
+    return dataclasses.replace(found, meta=found.meta | chosen | counting)
 
 
 def _check_error(error: str) -> None:
@@ -237,11 +242,18 @@ def _relative_errors(subject: Subject, bits: Sequence[int]) -> dict[Key, float]:
 
 @torch.no_grad()
 def _sensitivities(
-    subject: Subject, bits: Sequence[int], base_bits: int
+    subject: Subject, base_bits: int, reference: nn.Module | None
 ) -> Callable[[str, Kind, int], float]:
-    """Measures the divergence with one tensor at a bit-width and all others at the base."""
-    references = [log_probabilities(call(subject.network, x)) for x, _ in subject.batches]
-    samples = sum(len(reference) for reference in references)
+    """Measures the divergence with one tensor at a bit-width and all others at the base.
+
+    Args:
+        subject: What to measure in.
+        base_bits: One of its candidates.
+        reference: The float model, to correct by; None: nothing is corrected.
+    """
+    float_scores = [log_probabilities(call(subject.network, x)) for x, _ in subject.batches]
+    samples = sum(len(scores) for scores in float_scores)
+    norms = [module for module in subject.network.modules() if _has_statistics(module)]
 
     @torch.no_grad()
     def sensitivity(name: str, kind: Kind, width: int) -> float:
@@ -250,16 +262,33 @@ def _sensitivities(
                 for other in KINDS:
                     own = width if (layer, other) == (name, kind) else base_bits
                     stack.enter_context(subject.quantized(layer, other, own))
+            if reference is not None and norms:
+                stack.enter_context(_buffers_kept(norms))
+                correct_statistics(subject.network, reference, subject.batches)
             divergences = [
                 F.kl_div(
                     log_probabilities(call(subject.network, x)),
-                    reference,
+                    scores,
                     reduction="sum",
                     log_target=True,
                 )
-                for (x, _), reference in zip(subject.batches, references, strict=True)
+                for (x, _), scores in zip(subject.batches, float_scores, strict=True)
             ]
         # Below 0 by rounding only.
         return max(0.0, float(torch.stack(divergences).sum())) / samples
 
     return sensitivity
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+@contextmanager
+def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)

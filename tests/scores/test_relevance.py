@@ -73,6 +73,16 @@ def values_of(model, name, kind, data):
     return seen
 
 
+def outputs_of(model, name, data):
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, i, y: seen.append(y.clone()))
+    with torch.no_grad():
+        for x, _ in data:
+            model(x)
+    handle.remove()
+    return seen
+
+
 def quantizer_of(model, name, kind, bits, data):
     """What quantizes the weights or the input of a layer of the float model."""
     values = values_of(model, name, kind, data)
@@ -149,7 +159,7 @@ def test_the_measured_error_is_the_squared_one_over_the_squares():
         assert score == pytest.approx(shares[name] * relative, rel=1e-3)
 
 
-def sensitivity(model, data, name, kind, bits, base):
+def sensitivity(model, data, name, kind, bits, base, correct):
     changed = copy.deepcopy(model)
     for layer, other in itertools.product(LAYERS, KINDS):
         width = bits if (layer, other) == (name, kind) else base
@@ -159,6 +169,16 @@ def sensitivity(model, data, name, kind, bits, base):
             own.weight.data = quantize(own.weight.data)
         else:
             own.register_forward_pre_hook(lambda _, inputs, q=quantize: (q(inputs[0]),))
+    if correct:
+        variances, means = zip(
+            *(
+                torch.var_mean(torch.cat(outputs_of(m, "conv", data)), (0, 2, 3), correction=0)
+                for m in (model, changed)
+            ),
+            strict=True,
+        )
+        changed.norm.running_mean += means[1] - means[0]
+        changed.norm.running_var *= variances[1] / variances[0]
     total = 0.0
     with torch.no_grad():
         for x, _ in data:
@@ -167,14 +187,14 @@ def sensitivity(model, data, name, kind, bits, base):
     return total / 10
 
 
-@pytest.mark.parametrize("base", [8, 4])
-def test_sensitivity_is_the_divergence_with_all_others_at_the_base(base):
+@pytest.mark.parametrize(("base", "correct"), [(8, True), (8, False), (4, True)])
+def test_sensitivity_is_the_divergence_with_all_others_at_the_base(base, correct):
     model, data = network(), batches()
     shares = importance(data)
-    found = lq.scores.relevance_sensitivity(model, data, BITS, base_bits=base)
+    found = lq.scores.relevance_sensitivity(model, data, BITS, base_bits=base, correct=correct)
     assert found.bits == BITS
     for name, kind, bits in itertools.product(LAYERS, KINDS, BITS):
-        expected = shares[name] * sensitivity(model, data, name, kind, bits, base)
+        expected = shares[name] * sensitivity(model, data, name, kind, bits, base, correct)
         score = getattr(by_name(found)[name], kind)[bits]
         assert score == pytest.approx(expected, rel=1e-3, abs=1e-8)
     assert found.meta == {
@@ -182,6 +202,7 @@ def test_sensitivity_is_the_divergence_with_all_others_at_the_base(base):
         "batches": 2,
         "base_bits": base,
         "mix": "product",
+        "correct": correct,
     }
 
 
