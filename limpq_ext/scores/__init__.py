@@ -12,6 +12,8 @@ conversion, nn and values. Begin with `one_at_a_time`, the plainest.
 from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis
 from limpq_ext.scores.analysis import analyse as analyse
 from limpq_ext.scores.one_at_a_time import layerwise as layerwise
+from limpq_ext.scores.pairs import interactions as interactions
+from limpq_ext.scores.pairs import products as products
 from limpq_ext.scores.relevance import relevance as relevance
 from limpq_ext.scores.relevance import relevance_sensitivity as relevance_sensitivity
 from limpq_ext.scores.second_order import fisher as fisher

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.nn.inputs import call
-from limpq_ext.scores.subject import Subject, log_probabilities
+from limpq_ext.scores.subject import Subject, checked_classes, log_probabilities
 
 
 class Call(NamedTuple):
@@ -116,19 +116,4 @@ def loss_of(
         ValueError: The targets are no classes, or the output is no table of scores.
     """
     scores = log_probabilities(call(subject.network, x))
-    check_classes(target, scores)
-    return F.nll_loss(scores, target, reduction=reduction)
-
-
-def check_classes(target: Any, scores: Tensor) -> None:
-    """Check that there is a class for each sample.
-
-    Raises:
-        ValueError: The targets are something else, or another class than those of the scores.
-    """
-    whole = isinstance(target, Tensor) and not target.is_floating_point()
-    if not whole or target.shape != scores.shape[:1]:
-        what = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"the targets are {what}, expected a class index for each sample")
-    if bool(((target < 0) | (target >= scores.shape[1])).any()):
-        raise ValueError(f"a target is not one of the {scores.shape[1]} classes")
+    return F.nll_loss(scores, checked_classes(target, scores), reduction=reduction)

@@ -26,7 +26,7 @@ from limpq_ext.nn.layers import QuantizedLayer, quantize_layer, quantized_twin
 from limpq_ext.nn.quantizers import ActivationQuantizer, LsqQuantizer
 from limpq_ext.nn.start_values import Histogram, ScaleStart, check_rule
 from limpq_ext.nn.swapping import swap_modules
-from limpq_ext.scores.subject import log_probabilities
+from limpq_ext.scores.subject import checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.training.correction import Correction
 from limpq_ext.training.model_state import device_of
@@ -135,7 +135,9 @@ class PolicyLoss:
             self._reference = self._outputs()
         self._target = None
         if measure == "loss":
-            self._target = _classes([target for _, target in measured], self._reference)
+            targets = [target for _, target in measured]
+            whole = all(isinstance(target, Tensor) for target in targets)
+            self._target = checked_classes(torch.cat(targets) if whole else None, self._reference)
 
     def __call__(self, policy: Policy) -> float:
         """The loss of a policy, in nats; see `measured`."""
@@ -297,14 +299,3 @@ def _corrected(module: nn.Module) -> list[Tensor]:
         return [tensor for tensor in statistics if tensor is not None]
     bias: Any = module.bias if isinstance(module, QuantizedLayer) else None
     return [] if bias is None else [bias]
-
-
-def _classes(targets: Sequence[Any], scores: Tensor) -> Tensor:
-    """The class indices of all samples."""
-    whole = all(isinstance(t, Tensor) and not t.is_floating_point() for t in targets)
-    target = torch.cat([t.reshape(-1) for t in targets]) if whole else scores.new_zeros(0)
-    if target.shape != scores.shape[:1]:
-        raise ValueError("the targets are not a class index for each sample, which loss needs")
-    if bool(((target < 0) | (target >= scores.shape[1])).any()):
-        raise ValueError(f"a target is not one of the {scores.shape[1]} classes")
-    return target.long()

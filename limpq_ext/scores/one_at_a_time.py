@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from limpq_ext.graph.trace import trace
 from limpq_ext.nn.swapping import in_place_of
 from limpq_ext.scores.replay import Forward, Replay, Treatment
-from limpq_ext.scores.subject import KINDS, Subject, log_probabilities
+from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.training.correction import (
     FloatMoments,
@@ -109,7 +109,7 @@ def layerwise(
             if measure == "kl":
                 lost = partial(_divergence, reference)
             else:
-                lost = partial(_loss_added, reference, _classes(target, reference))
+                lost = partial(_loss_added, reference, checked_classes(target, reference))
             for layer in bench.order():
                 keys = [(layer, kind, width) for kind in KINDS for width in bits]
                 outputs = bench.run({layer: [partial(subject.quantized, *key) for key in keys]})
@@ -270,17 +270,6 @@ def _loss_added(reference: Tensor, target: Tensor, scores: Tensor) -> Tensor:
     return F.nll_loss(scores, target, reduction="sum") - F.nll_loss(
         reference, target, reduction="sum"
     )
-
-
-def _classes(target: Any, scores: Tensor) -> Tensor:
-    """The targets, if they are the classes of the samples."""
-    whole = isinstance(target, Tensor) and not target.is_floating_point()
-    if not whole or target.shape != scores.shape[:1]:
-        what = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"the targets are {what}, expected a class index for each sample")
-    if bool(((target < 0) | (target >= scores.shape[1])).any()):
-        raise ValueError(f"a target is not one of the {scores.shape[1]} classes")
-    return target
 
 
 def _check_finite(reference: Tensor) -> None:

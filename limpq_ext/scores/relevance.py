@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.nn.inputs import call
 from limpq_ext.scores.propagation import propagate
-from limpq_ext.scores.subject import KINDS, Subject, log_probabilities
+from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.training.correction import correct_statistics
 from limpq_ext.values.indicators import Indicators, Kind
@@ -188,22 +188,12 @@ def _start(target: Tensor | None) -> Callable[[Tensor], Tensor]:
         scores = log_probabilities(output)
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("the model puts out a NaN or an infinity")
-        if target is not None:
-            _check_classes(target, scores)
-        chosen = (scores.argmax(dim=1) if target is None else target)[:, None]
+        classes = scores.argmax(dim=1) if target is None else checked_classes(target, scores)
+        chosen = classes[:, None]
         computing = output if output.dtype == torch.float64 else output.float()
         return torch.zeros_like(computing).scatter(1, chosen, computing.gather(1, chosen))
 
     return start
-
-
-def _check_classes(target: Any, scores: Tensor) -> None:
-    whole = isinstance(target, Tensor) and target.dtype == torch.int64
-    if not whole or target.shape != scores.shape[:1]:
-        what = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"the targets are {what}, expected a class index for each sample, or None")
-    if bool(((target < 0) | (target >= scores.shape[1])).any()):
-        raise ValueError(f"a target is not one of the {scores.shape[1]} classes")
 
 
 @torch.no_grad()

@@ -120,5 +120,20 @@ def log_probabilities(output: Any) -> Tensor:
     return output.double().log_softmax(dim=1)  # divergences are small differences
 
 
+def checked_classes(target: Any, scores: Tensor) -> Tensor:
+    """The targets as int64, if they are a class for each sample.
+
+    Raises:
+        ValueError: They are something else, or another class than those of the scores.
+    """
+    whole = isinstance(target, Tensor) and not target.is_floating_point()
+    if not whole or target.shape != scores.shape[:1]:
+        what = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"the targets are {what}, expected a class index for each sample")
+    if bool(((target < 0) | (target >= scores.shape[1])).any()):
+        raise ValueError(f"a target is not one of the {scores.shape[1]} classes")
+    return target.long()
+
+
 def _nothing(x: Tensor) -> None:
     """Observes nothing."""

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_map_only
 
 from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import quantizable_base
-from limpq_ext.scores.calls import Calls, check_classes, loss_of
+from limpq_ext.scores.calls import Calls, loss_of
 from limpq_ext.scores.moved_output import OutputCorrection
 from limpq_ext.scores.squared_errors import SquaredErrors
-from limpq_ext.scores.subject import KINDS, Subject, log_probabilities
+from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.indicators import Indicators, Kind
 
@@ -294,7 +294,7 @@ class _Lost:
         for x, target in subject.batches:
             with Calls(subject) as calls, torch.no_grad():
                 scores = log_probabilities(call(subject.network, x))
-            check_classes(target, scores)
+            checked_classes(target, scores)
             self._references.append(scores)
             if correct:
                 self._corrections.append(OutputCorrection(subject, calls, len(target)))

@@ -194,11 +194,11 @@ def made(change=lambda data: data, model=None, **options):
         ),
         (
             {"measure": "loss", "change": lambda data: [(x, t.double()) for x, t in data]},
-            "the targets are not a class index for each sample, which loss needs",
+            r"the targets are \(\d+,\), expected a class index for each sample",
         ),
         (
             {"measure": "loss", "change": lambda data: [(x, None) for x, _ in data]},
-            "the targets are not a class index for each sample, which loss needs",
+            "the targets are NoneType, expected a class index for each sample",
         ),
         (
             {"change": lambda data: [(x * torch.nan, t) for x, t in data]},

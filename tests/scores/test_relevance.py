@@ -307,7 +307,7 @@ def test_a_search_takes_a_score_and_options_of_prepare_are_taken(score):
         (lambda data: [], "there are no batches to measure scores on"),
         (
             lambda data: [(x, t.double()) for x, t in data],
-            r"the targets are \(5,\), expected a class index for each sample, or None",
+            r"the targets are \(5,\), expected a class index for each sample",
         ),
         (lambda data: [(x, "cat") for x, t in data], "the targets are str, expected a class"),
         (lambda data: [(x, t[:3]) for x, t in data], r"the targets are \(3,\), expected a class"),
