@@ -109,7 +109,8 @@ def test_it_is_what_one_quantized_tensor_loses_at_the_output(kind, measure, corr
 
 def values(found):
     return torch.tensor(
-        [[list(layer.weight.values()), list(layer.activation.values())] for layer in found.layers]
+        [[list(layer.weight.values()), list(layer.activation.values())] for layer in found.layers],
+        dtype=torch.float64,
     )
 
 
