@@ -111,13 +111,13 @@ def resnet50(indicators: Path) -> Problem:
     """LIMPQ's published indicators under the BitOps of W3A4 and a compression of 12.2."""
     usable, records = Indicators.from_limpq(indicators).monotone("forbid")
     forbidden = {(r.layer, r.kind, r.bits) for r in records if r.action == "forbidden"}
-    return _network(_profiled("resnet50"), usable, forbidden, 3 * 4, Fraction(122, 10))
+    return _network(profiled("resnet50"), usable, forbidden, 3 * 4, Fraction(122, 10))
 
 
 def random_network(name: str, uniform: int, compression: int) -> Problem:
     """Random indicators that fall with the bits, for a network of torchvision."""
     generator = np.random.default_rng(0)
-    costs, layers = _profiled(name), []
+    costs, layers = profiled(name), []
     for layer in costs.layers:
         weight, activation = np.exp(generator.normal(-3, 1, (2, 1))) * generator.random((2, 5))
         both = (dict(zip(BITS, sorted(v, reverse=True), strict=True)) for v in (weight, activation))
@@ -125,7 +125,8 @@ def random_network(name: str, uniform: int, compression: int) -> Problem:
     return _network(costs, Indicators(BITS, tuple(layers)), set(), uniform, Fraction(compression))
 
 
-def _profiled(name: str) -> Costs:
+def profiled(name: str) -> Costs:
+    """The costs of a network of torchvision at 224x224."""
     return profile(create_shapes(name), torch.zeros(1, 3, 224, 224, device="meta"))
 
 
