@@ -64,12 +64,13 @@ def refine(
         policy: Where to begin, such as what a search found.
         model: The float classifier; it is left as it is.
         batches: Some batches to calibrate and to measure with, on any device; their targets matter
-            for "loss" alone. About 100 images or more, so that not their chance is followed.
+            for "loss" alone. Several hundred images: on few, steps follow their chance.
         costs: Costs of the network.
         indicators: Scores that say what to try first; None: by chance.
         bits: Candidates where there are no scores, beside those that the policy has.
         measure: "kl": the divergence from the float network. "loss": the cross entropy.
-        held_out: Other batches, on which the policy is measured before and after.
+        held_out: Other batches, on which the policy is measured before and after, and nothing is
+            decided.
         patience: Stop after so many steps in a row that did not help.
         seconds: Stop after this time, what is prepared included. None: no such limit.
         steps: Stop after so many steps. None: no such limit.
