@@ -218,9 +218,8 @@ class ScoreCheck(Document):
 
     def text(self) -> str:
         """A table: what each score's optimum loses, how it ranks policies, what others lose."""
-        lines = [
-            ("policy", _WORDS[self.measure], "same class", "regret", "random policies", "near it")
-        ]
+        ranked = ("correlation, random", "near the optimum")
+        lines = [("policy", _WORDS[self.measure], "same class", "regret", *ranked)]
         for score in self.scores:
             own = self.optimum(score.name)
             lines.append(
@@ -268,10 +267,11 @@ class ScoreCheck(Document):
         axes = figure.subplots(1, len(self.scores), squeeze=False)[0]
         for score, axis in zip(self.scores, axes, strict=True):
             shown = [p for p in self.policies if p.score in (None, score.name)]
-            for kind, marker in _MARKERS.items():
+            for kind, (marker, size) in _MARKERS.items():
                 own = [policy for policy in shown if policy.kind == kind]
                 x = [policy.predicted[score.name] for policy in own]
-                axis.plot(x, [policy.loss for policy in own], marker, label=kind)
+                y = [policy.loss for policy in own]
+                axis.plot(x, y, marker, markersize=size, label=kind)
             if all(policy.loss > 0 for policy in shown):
                 axis.set_yscale("log")
             if all(policy.predicted[score.name] > 0 for policy in shown):
@@ -287,11 +287,11 @@ class ScoreCheck(Document):
 
 
 _WORDS: Final[dict[Measure, str]] = {"kl": "KL, nats", "loss": "loss, nats"}
-_MARKERS: Final[dict[PolicyKind, str]] = {
-    "random": "o",
-    "neighbour": ".",
-    "uniform": "s",
-    "optimum": "*",
+_MARKERS: Final[dict[PolicyKind, tuple[str, int]]] = {
+    "random": ("o", 5),
+    "neighbour": (".", 6),
+    "uniform": ("s", 7),
+    "optimum": ("*", 14),
 }
 
 
