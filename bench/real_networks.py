@@ -666,7 +666,7 @@ def missing(tasks: Sequence[Task], results: Results, only: str) -> list[Task]:
 
 
 def plan(tasks: Sequence[Task], results: Results) -> str:
-    """What is left to do, and how long it takes by what was done."""
+    """What is left to do, and how long it takes a core by what was done."""
     lines = []
     total = 0.0
     for network_name in dict.fromkeys(task.network for task in tasks):
@@ -691,13 +691,13 @@ def run(tasks: Sequence[Task], folder: Path, results: Results, within: float) ->
         if time.monotonic() - start > within:
             print("no time is left for more", flush=True)
             return
-        began = time.monotonic()
+        began = time.process_time()
         try:
             result = make(task.network).run(task)
         except NotThereYet as error:
             print(f"{task}: left out: {error}", flush=True)
             continue
-        result["wall_seconds"] = time.monotonic() - began
+        result["cpu_seconds"] = time.process_time() - began
         results.add(task.key, result)
         shown = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
         print(f"{task}: {json.dumps(shown)}", flush=True)

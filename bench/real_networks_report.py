@@ -86,8 +86,8 @@ class Results:
         return list(dict.fromkeys(k[3] for k in self._found if k[:2] == (network, what)))
 
     def seconds(self, network: str, what: str) -> float | None:
-        """The median time of a result of a kind; None where there is none."""
-        found = [r["wall_seconds"] for k, r in self._found.items() if k[:2] == (network, what)]
+        """The median time that a result of a kind took a core; None where there is none."""
+        found = [r["cpu_seconds"] for k, r in self._found.items() if k[:2] == (network, what)]
         return statistics.median(found) if found else None
 
     def best_scores(self, network: str, budget: str) -> list[str]:

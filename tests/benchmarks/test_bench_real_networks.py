@@ -221,9 +221,9 @@ def test_only_picks_tasks_by_their_names(tmp_path):
 def test_the_plan_says_the_time_of_what_was_measured(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     tasks = real_networks.all_tasks(["lite0"], random_draws=0)
-    results.add(tasks[0].key, {"wall_seconds": 3.0})
+    results.add(tasks[0].key, {"cpu_seconds": 3.0})
     calibrated = [task for task in tasks if task.what == "calibrated"]
-    results.add(calibrated[0].key, {"wall_seconds": 36.0})
+    results.add(calibrated[0].key, {"cpu_seconds": 36.0})
     told = real_networks.plan(calibrated[1:101], results)
     assert f"lite0: calibrated: {len(calibrated[1:101])} left, 36 s each" in told
     assert "not measured yet" in real_networks.plan(
