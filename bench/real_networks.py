@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
+import itertools
 import json
 import math
 import sys
@@ -50,6 +52,8 @@ CALIBRATION_IMAGES: Final = 128
 """Of the correction, of step sizes and of scores."""
 CHOICE_IMAGES: Final = 128
 """Further ones of the training set, on which the best scores are chosen for fine-tuning."""
+REFINE_IMAGES: Final = 256
+REFINE_STEPS: Final = 100
 JOINT_STEPS: Final = 40
 TUNED_STEPS: Final = 400
 TUNED_BITS: Final = (4, 3)
@@ -64,25 +68,31 @@ BUDGETS: Final = (
 )
 
 SCORES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
-    "layerwise": ("layerwise", {}),
     "fisher": ("fisher", {}),
-    "fisher_diagonal": ("fisher_diagonal", {}),
+    "fisher, diagonal": ("fisher", {"form": "diagonal"}),
+    "layerwise": ("layerwise", {}),
     "hessian": ("hessian", {}),
+    "lampq": ("lampq", {}),
     "gradient": ("gradient", {}),
     "weight_error": ("weight_error", {}),
     "activation_variance": ("activation_variance", {}),
     "relevance": ("relevance", {}),
     "relevance_sensitivity": ("relevance_sensitivity", {}),
 }
-"""What a table calls a score -> its function in `limpq_ext.scores`, and options of it. One that is
-not there is left out, which is said."""
+"""What a table calls a score -> its function in `limpq_ext.scores`, and options of it. What this
+version of the package does not have is left out, which is said."""
 
 LEARNED: Final = ("learned", "learned, normalised", "loss-aware")
 """The indicators of one joint training: LIMPQ's, those in other units, and what errors add to the
 loss, where joint training tells it."""
 
+REFINED: Final = ("fisher", "layerwise")
+"""The scores whose policies are refined by measured swaps, where the package can."""
+
 NEGATED: Final = ("fisher", "learned")
 """The scores whose negation is tried."""
+
+_REFINE: Final = "refine"  # of limpq_ext
 
 
 class SmallTransformer(nn.Module):
@@ -371,13 +381,19 @@ class Task:
 
 def known_scores() -> list[str]:
     """The scores of the table that this version of the package has."""
-    return [name for name, (function, _) in SCORES.items() if hasattr(lq.scores, function)]
+    return [name for name, (function, options) in SCORES.items() if _has(function, options)]
+
+
+def _has(function: str, options: Mapping[str, Any]) -> bool:
+    if not hasattr(lq.scores, function):
+        return False
+    return set(options) <= set(inspect.signature(getattr(lq.scores, function)).parameters)
 
 
 def ways(budget: Budget, random_draws: int) -> list[str]:
     """How the policies of a budget are chosen."""
     scores = [*known_scores(), *LEARNED]
-    refined = [f"refined {score}" for score in known_scores()] if hasattr(lq, "refine") else []
+    refined = [f"refined {score}" for score in REFINED] if hasattr(lq, _REFINE) else []
     uniform = ["uniform"] if budget.bits.denominator == 1 else []
     negated = [f"negated {score}" for score in NEGATED if score in scores]
     return [*uniform, *scores, *refined, *negated, *(f"random {i}" for i in range(random_draws))]
@@ -495,23 +511,27 @@ class Study:
             # The same draws at every budget would be policies of one kind.
             seed = [BUDGETS.index(budget), int(way.split()[1])]
             return choose(random_scores(self.costs, BITS, seed), self.costs, budget, kept=KEPT)
-        kind, _, score = way.rpartition(" ")
-        if kind == "negated":
-            scores = self.indicators(score)
-            return choose(scores, self.costs, budget, negated=True, kept=KEPT)
-        if kind == "refined":
-            return lq.refine(  # type: ignore[attr-defined]  # of versions that have it
-                self.policy(score, budget),
-                self.model,
-                self.images.calibration(),
-                self.costs,
-                per_channel_weights=True,
-            )
         limit: dict[str, Any] = (
             {"size": lq.uniform(int(budget.bits), 8), "activation_bits": budget.activation_bits}
             if budget.by_size
             else {"bitops": lq.uniform(int(budget.bits), int(budget.bits))}
         )
+        kind, _, score = way.partition(" ")
+        if kind == "negated":
+            scores = self.indicators(score)
+            return choose(scores, self.costs, budget, negated=True, kept=KEPT)
+        if kind == "refined":
+            return getattr(lq, _REFINE)(
+                self.policy(score, budget),
+                self.model,
+                self.images.calibration(CALIBRATION_IMAGES + CHOICE_IMAGES, REFINE_IMAGES),
+                self.costs,
+                indicators=self.indicators(score),
+                bits=BITS,
+                steps=REFINE_STEPS,
+                measuring={"per_channel_weights": True},
+                **limit,
+            )
         return lq.search(self.indicators(way), self.costs, non_monotone="isotonic", **limit)
 
     def indicators(self, score: str) -> Indicators:
@@ -520,12 +540,10 @@ class Study:
         Raises:
             NotThereYet: It was not.
         """
-        raw = score.removesuffix(", normalised")
-        kept = self.folder / f"{self.name}-{raw}.json"
+        kept = scores_file(self.folder, self.name, score)
         if not kept.exists():
-            raise NotThereYet(f"there is no score '{raw}' of {self.name}")
-        indicators = Indicators.load(kept)
-        return indicators if raw == score else indicators.normalised()
+            raise NotThereYet(f"there is no score '{score}' of {self.name}")
+        return Indicators.load(kept)
 
     def calibrated(self, policy: Policy) -> nn.Module:
         """The network at a policy's bits, without training."""
@@ -578,7 +596,7 @@ class Study:
             }
         seconds = time.process_time() - began
         for name, indicators in found.items():
-            indicators.save(self.folder / f"{self.name}-{name}.json")
+            indicators.save(scores_file(self.folder, self.name, name))
         return {"seconds": seconds}
 
     def _learned(self) -> dict[str, Indicators]:
@@ -587,19 +605,19 @@ class Study:
             self.model, BITS, example_input=self.example, per_channel_weights=True
         ).train()
         optimizer = make_optimizer(model, lr=0.01, weight_decay=2.5e-5)
-        trainer = lq.JointTrainer(model, optimizer, nn.functional.cross_entropy, seed=0)
+        measures: dict[str, Any] = {}
+        if hasattr(lq.JointTrainer, "sensitivities"):
+            measures["sensitivity_every"] = 1
+        trainer = lq.JointTrainer(model, optimizer, F.cross_entropy, seed=0, **measures)
         loader = Shuffled(self.images.train, self.images.train_labels, SCORE_BATCH, seed=0)
-        done = 0
-        while done < JOINT_STEPS:
-            for x, target in loader:
-                trainer.step(x, target)
-                done += 1
-                if done == JOINT_STEPS:
-                    break
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        for x, target in itertools.islice(epochs, JOINT_STEPS):
+            trainer.step(x, target)
         trainer.check()
-        found = {"learned": trainer.indicators()}
-        if hasattr(trainer, "sensitivities"):
-            found["loss-aware"] = trainer.sensitivities()
+        learned = trainer.indicators()
+        found = {"learned": learned, "learned, normalised": learned.normalised()}
+        if measures:
+            found["loss-aware"] = getattr(trainer, "sensitivities")()  # noqa: B009  # not in all
         return found
 
     def _started(self, budget: Budget, start: Any, treatment: str) -> dict[str, Any]:
@@ -643,6 +661,11 @@ class Study:
             "seconds_per_step": seconds / steps,
             **self.told(policy),
         }
+
+
+def scores_file(folder: Path, network: str, score: str) -> Path:
+    """Where a score of a network is kept."""
+    return folder / f"{network}-{score.replace(', ', '-')}.json"
 
 
 def divergence(found: Tensor, reference: Tensor) -> float:
@@ -715,9 +738,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="write the results and their page, and end")
     options = parser.parse_args(arguments)
     results = Results(options.folder / "results.jsonl")
-    for name, (function, _) in SCORES.items():
-        if name not in known_scores():
-            print(f"lq.scores has no '{function}': {name} is left out", file=sys.stderr)
+    left_out = [name for name in SCORES if name not in known_scores()]
+    if left_out:
+        print(f"this version has no such scores: {', '.join(left_out)}", file=sys.stderr)
     if options.record is not None:
         record(options.record, options.folder, results)
         return 0
@@ -733,10 +756,8 @@ def kept_scores(folder: Path, results: Results) -> dict[str, dict[str, Indicator
     """The scores that were computed: network -> score -> indicators."""
     found = {}
     for name in results.networks():
-        files = [(score, folder / f"{name}-{score}.json") for score in (*SCORES, *LEARNED)]
+        files = [(score, scores_file(folder, name, score)) for score in (*SCORES, *LEARNED)]
         found[name] = {score: Indicators.load(file) for score, file in files if file.exists()}
-        if "learned" in found[name]:
-            found[name]["learned, normalised"] = found[name]["learned"].normalised()
     return found
 
 
