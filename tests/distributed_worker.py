@@ -3,6 +3,7 @@
 python distributed_worker.py TASK FOLDER
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def trainer_of(*, frozen):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train = lambda mode=True, module=module: module
                 module.training = False
-    return JointTrainer(prepared, optimizer, F.cross_entropy)
+    return JointTrainer(prepared, optimizer, F.cross_entropy, sensitivity_every=2)
 
 
 def batch(step):
@@ -55,6 +56,7 @@ def joint(folder, *, frozen, steps):
         "signed": {n: b for n, b in trainer.model.named_buffers() if "signed" in n},
         "losses": result.losses,
         "draw": result.draw,
+        "sensitivities": dataclasses.asdict(trainer.sensitivities()),
     }
     torch.save(state, folder / f"{world_size()}-{rank()}.pt")
 

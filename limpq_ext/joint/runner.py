@@ -61,6 +61,7 @@ class BranchRunner:
         self._rows: list[_NormRows] = []
         self._selection: Tensor | None = None
         self._compiled: Callable[..., Any] | None = None
+        self._uncompiled = False
         self._steps = 0
 
     @property
@@ -105,7 +106,7 @@ class BranchRunner:
 
         def run(bits: Bits) -> Any:
             # The first step gives quantizers their start values, which no graph does.
-            compiled = self._compiled if self._steps > 1 else None
+            compiled = None if self._steps == 1 or self._uncompiled else self._compiled
             self._use(bits, by_tensor=compiled is not None or bits is by_tensor)
             forward = self.model if self._graph is None else self._graph.rest
             return call(forward if compiled is None else compiled, inputs)
@@ -120,6 +121,19 @@ class BranchRunner:
             self._bank.backward()
         for rows in self._rows:
             rows.collect()
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run branches as they are, so that hooks of the modules are called, in the block."""
+        self._uncompiled = True
+        try:
+            yield
+        finally:
+            self._uncompiled = False
+
+    def ready_gradient(self, name: str, bits: int) -> Tensor | None:
+        """The gradient so far of a layer's weight at a bit-width, where a bank quantized it."""
+        return None if self._bank is None else self._bank.weight(name, bits).grad
 
     def set_selection(self, bits: Bits) -> None:
         """Write the bits that tensors select from now on; this does not wait for the device."""

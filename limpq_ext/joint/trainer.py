@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from limpq_ext.joint.runner import Bits, BranchRunner
+from limpq_ext.joint.sensitivity import SensitivityMeter
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import LsqQuantizer, WeightQuantizer
 from limpq_ext.training.cuda_graphs import Captured
@@ -84,6 +85,10 @@ class JointTrainer:
             not wait for the device. A batch is one input tensor and one target tensor.
         check_steps: Look for a NaN or an infinity after this many steps; 0: every step on the CPU,
             every 50 elsewhere, so that the host seldom waits for the device.
+        sensitivity_every: Measure in every so-manieth step, from the second on, what the errors of
+            all bit-widths add to the loss, for :meth:`sensitivities`; 0: never. ``loss_fn`` then
+            has to be the mean over the samples of the batch, or say so by its ``reduction``. The
+            highest branch of such a step runs uncompiled, and all of them without a CUDA graph.
         on_branch: Called with (branch, output, target) after every branch, its gradients done; the
             output is detached.
 
@@ -115,6 +120,7 @@ class JointTrainer:
         compile_forward: Callable[[nn.Module], Any] | None = None,
         cuda_graph: bool = False,
         check_steps: int = 0,
+        sensitivity_every: int = 0,
         on_branch: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
         original = getattr(model, "_orig_mod", None)
@@ -138,6 +144,14 @@ class JointTrainer:
             )
         if not clip_value > 0:
             raise ValueError(f"clip_value is {clip_value}, expected a positive number")
+        if sensitivity_every < 0:
+            raise ValueError(f"sensitivity_every is {sensitivity_every}, expected 0 or more")
+        reduction = getattr(loss_fn, "reduction", "mean")
+        if sensitivity_every and reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"the loss's reduction is {reduction!r}: sensitivities need a mean or a sum over"
+                " the samples"
+            )
         _check_optimizer(model, optimizer)
         device = device_of(model)
         if cuda_graph and device.type != "cuda":
@@ -169,6 +183,9 @@ class JointTrainer:
             drop_relu=drop_relu,
             compile_forward=compile_forward,
         )
+        self._sensitivity_every = sensitivity_every
+        self._loss_is_mean = reduction == "mean"
+        self._meter = SensitivityMeter(self.layers)
         self._captured: Captured[LossesAndOutputs] | None = None
         self._eager_steps = 0
         # From the highest down: the teacher of in-place distillation comes first.
@@ -199,7 +216,8 @@ class JointTrainer:
             self._start_weights()
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        captured = self._capture(x, target, draw) if self.cuda_graph else None
+        captures = self.cuda_graph and not self._measures()
+        captured = self._capture(x, target, draw) if captures else None
         if captured is not None:
             losses, outputs = captured.replay(x, target)
             x, target = captured.inputs
@@ -250,6 +268,7 @@ class JointTrainer:
             },
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "sensitivities": self._meter.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
@@ -271,6 +290,7 @@ class JointTrainer:
         self.model.load_state_dict(state_dict["model"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._update.load_state_dict(state_dict["update"])
+        self._meter.load_state_dict(state_dict.get("sensitivities"))
 
     def draw(self, step: int) -> dict[str, int]:
         """The bits that every layer draws for the random branch of a step."""
@@ -289,6 +309,27 @@ class JointTrainer:
         """
         return Indicators.from_model(self.model, {"steps": self.steps, "seed": self.seed})
 
+    def sensitivities(self) -> Indicators:
+        """What the errors of every bit-width add to the loss, in the unit of the loss.
+
+        For a layer's input, half the mean over samples of ``<g, e_b>**2``, with the gradient g of
+        the sample's loss in the highest branch and the error ``e_b`` at b bits and the step size of
+        the time. For its weights, whose gradients are of whole batches, N times the square for a
+        batch of N, each output channel by itself, which has that mean where the samples' gradients
+        are independent and cancel out. In a run of several processes all have the same.
+
+        Raises:
+            ValueError: Nothing was measured: ``sensitivity_every`` is 0, or no such step was taken
+                yet or was finite.
+        """
+        meta = {"score": "learned", "kind": "loss_aware", "steps": self.steps, "seed": self.seed}
+        return self._meter.indicators(meta)
+
+    def _measures(self) -> bool:
+        """Whether the next step measures sensitivities; the first gives step sizes their start."""
+        every = self._sensitivity_every
+        return every > 0 and self.steps > 0 and (self.steps - 1) % every == 0
+
     def _start_weights(self) -> None:
         """Give weights that were all 0 before their start values, which no weight bank does."""
         for layer in self.layers.values():
@@ -303,12 +344,34 @@ class JointTrainer:
         outputs: dict[str, Any] = {}
         selected = draw if by_tensor else None
         with self._autocast(), self._runner.step(x, len(self.bits) + 1, by_tensor=selected) as run:
-            for branch, output, loss in self._passes(draw, target, run):
+            passes = self._passes(draw, target, run)
+
+            def finish(branch: str, output: Any, loss: Tensor) -> None:
                 with torch.autocast(loss.device.type, enabled=False):
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 losses[branch] = loss.detach()
                 outputs[branch] = tree_map(_detached, output)
+
+            if self._measures():
+                with self._watched(x):
+                    finish(*next(passes))
+            for each in passes:
+                finish(*each)
         return losses, outputs
+
+    @contextmanager
+    def _watched(self, x: Any) -> Iterator[None]:
+        """Measure the highest branch, which is the first: no other one has left gradients yet."""
+        scale: Tensor | float = 1.0
+        if self.scaler is not None:
+            scale = self.scaler.scale(torch.ones((), device=device_of(self.model)))
+        ready = partial(self._runner.ready_gradient, bits=self.bits[0])
+        mean = self._loss_is_mean
+        with (
+            self._runner.uncompiled(),
+            self._meter.watching(x, ready, mean=mean, loss_scale=scale),
+        ):
+            yield
 
     def _capture(self, x: Tensor, target: Tensor, draw: Bits) -> Captured[LossesAndOutputs] | None:
         """All branches of a step as one CUDA graph, once there is one and where it fits."""

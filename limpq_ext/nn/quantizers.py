@@ -15,7 +15,14 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limpq_ext.kernels.ops import SCALE_MIN, fake_quantize, fake_quantize_selected, thresholds
+from limpq_ext.kernels.ops import (
+    SCALE_MIN,
+    ErrorSums,
+    fake_quantize,
+    fake_quantize_selected,
+    quantization_error_sums,
+    thresholds,
+)
 from limpq_ext.nn.start_values import (
     Distribution,
     Histogram,
@@ -193,6 +200,31 @@ class LsqQuantizer(nn.Module):
         guard = (self.scale_min, self.scale_max)
         how = (mins, maxs, self.channel_axis, None, *guard, self.relu_max)
         return fake_quantize_selected(x, self.scale, selected, how)
+
+    def error_sums(self, x: Tensor, grad: Tensor, *, sum_axis: int) -> ErrorSums:
+        """What its errors at all bit-widths add to a loss, see `quantization_error_sums`.
+
+        Args:
+            x: What it takes in.
+            grad: The gradient of a loss at what it puts out, of ``x``'s shape.
+            sum_axis: The axis that has a sum per index.
+
+        Returns:
+            The sums, ``[len(bits), x.shape[sum_axis]]``.
+        """
+        mins, maxs = map(list, zip(*self._ranges, strict=True))
+        return quantization_error_sums(
+            x,
+            grad,
+            self.scale,
+            mins,
+            maxs,
+            channel_axis=self.channel_axis,
+            sum_axis=sum_axis,
+            scale_min=self.scale_min,
+            scale_max=self.scale_max,
+            relu_max=self.relu_max,
+        )
 
     def values(self) -> dict[int, float]:
         """The step size in use for each bit-width, the mean over channels where it has any."""

@@ -1,0 +1,188 @@
+"""What every layer's quantization errors add to the loss, from gradients that a joint step has.
+
+The branch at the highest bit-width is the one nearest to the float network. With the gradient g of
+a sample's loss at a quantized tensor there, and the error e_b of that tensor at b bits, the loss
+moves by <g, e_b> to first order, and half the mean of its square over samples is the second order
+with the empirical Fisher information (as `limpq_ext.scores.fisher` has it, on a float network).
+`limpq_ext.quantization_error_sums` gives the sums at all bit-widths in one pass over x and g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.quantizers import LsqQuantizer
+from limpq_ext.training.distributed import is_distributed
+from limpq_ext.values.indicators import Indicators, LayerIndicators
+
+
+class SensitivityMeter:
+    """Collects the sums of steps that it watches; all processes of a training have the same.
+
+    Activations: half the mean over samples of ``<g, e_b>**2``. Weights have no gradient of each
+    sample, only that of the batch's mean loss, G: where the samples' gradients are independent and
+    near 0 in the mean, ``N * <G, e_b>**2`` of a batch of N has the same mean as ``<g, e_b>**2``. It
+    is taken for each output channel by itself, and added.
+
+    Args:
+        layers: The quantized layers by name, all with the same candidates.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        self._layers = dict(layers)
+        first = next(iter(self._layers.values()))
+        self._bits = first.weight_quantizer.bits
+        shape = (2, len(self._layers), len(self._bits))
+        device = first.weight.device
+        # The sums of weights and of activations; the samples and steps that they are of.
+        self._totals = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self._inputs: dict[str, list[Tensor]] = {}
+        self._gradients: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def watching(
+        self,
+        x: Any,
+        ready_gradient: Callable[[str], Tensor | None],
+        *,
+        mean: bool = True,
+        loss_scale: Tensor | float = 1.0,
+    ) -> Iterator[None]:
+        """Watch one branch, forward and backward.
+
+        Args:
+            x: The inputs of the batch; the first tensor among them begins with the samples.
+            ready_gradient: The gradient of the named layer's quantized weight where the layer did
+                not quantize it itself, else None.
+            mean: The loss is the mean over the samples; else their sum.
+            loss_scale: What the loss is multiplied by before its backward.
+
+        Raises:
+            ValueError: A layer's input does not begin with the samples.
+        """
+        samples = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)).shape[0]
+        self._inputs = {name: [] for name in self._layers}
+        self._gradients = {name: [] for name in self._layers}
+        handles = []
+        try:
+            for name, layer in self._layers.items():
+                for quantizer, took in (
+                    (layer.input_quantizer, self._takes_input(name, samples)),
+                    (layer.weight_quantizer, self._takes_weight(name)),
+                ):
+                    handles.append(quantizer.register_forward_hook(_following(took)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        # What takes a gradient of the branch to that of the sum of the samples' losses.
+        self._add(samples, (samples if mean else 1) / loss_scale, ready_gradient)
+
+    def indicators(self, meta: Mapping[str, Any]) -> Indicators:
+        """The sensitivities, in nats where the loss is in nats.
+
+        Raises:
+            ValueError: No step was watched, or none of them was finite.
+        """
+        samples, steps = self._counts.tolist()
+        if not samples:
+            raise ValueError("no step's sensitivities were measured yet")
+        scores = (self._totals / (2 * samples)).tolist()
+        layers = tuple(
+            LayerIndicators(
+                name, *(dict(zip(self._bits, kind[place], strict=True)) for kind in scores)
+            )
+            for place, name in enumerate(self._layers)
+        )
+        return Indicators(tuple(self._bits), layers, {**meta, "measured_steps": int(steps)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums so far."""
+        return {"totals": self._totals.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor] | None, /) -> None:
+        """Go on from a state; None: from nothing."""
+        for name, own in (("totals", self._totals), ("counts", self._counts)):
+            if state_dict is None:
+                own.zero_()
+            else:
+                own.copy_(state_dict[name])
+
+    def _takes_input(
+        self, name: str, samples: int
+    ) -> Callable[[LsqQuantizer, Tensor, Tensor], None]:
+        def take(quantizer: LsqQuantizer, x: Tensor, grad: Tensor) -> None:
+            if x.dim() == 0 or x.shape[0] % samples:
+                raise ValueError(
+                    f"layer '{name}' takes in {tuple(x.shape)}, which does not begin with the"
+                    f" {samples} samples: exclude it, or measure no sensitivities"
+                )
+            # A sample may be several parts, such as windows.
+            sums = quantizer.error_sums(x, grad, sum_axis=0).sums
+            self._inputs[name].append(sums.reshape(len(sums), samples, -1).sum(dim=2))
+
+        return take
+
+    def _takes_weight(self, name: str) -> Callable[[LsqQuantizer, Tensor, Tensor], None]:
+        def take(quantizer: LsqQuantizer, weight: Tensor, grad: Tensor) -> None:
+            self._gradients[name].append(grad)
+
+        return take
+
+    @torch.no_grad()
+    def _add(
+        self,
+        samples: int,
+        factor: Tensor | float,
+        ready_gradient: Callable[[str], Tensor | None],
+    ) -> None:
+        zeros = self._totals.new_zeros(len(self._bits))
+        inputs = [
+            (sum(sums[1:], sums[0]) * factor).square().sum(dim=1) if sums else zeros
+            for sums in self._inputs.values()
+        ]
+        weights = []
+        for name, layer in self._layers.items():
+            ready, calls = ready_gradient(name), self._gradients[name]
+            grad = ready if ready is not None else sum(calls[1:], calls[0]) if calls else None
+            weights.append(zeros if grad is None else _weight_sum(layer, grad))
+        values = torch.stack([torch.stack(weights) * factor**2, torch.stack(inputs)])
+        finite = values.isfinite().all()  # not where a scaled gradient overflowed
+        counts = self._counts.new_tensor([samples, 1.0]) * finite
+        values = torch.where(finite, values, 0.0)
+        self._inputs, self._gradients = {}, {}
+        if is_distributed():
+            dist.all_reduce(values)
+            dist.all_reduce(counts)
+        self._totals += values
+        self._counts += counts
+
+
+def _weight_sum(layer: QuantizedLayer, grad: Tensor) -> Tensor:
+    """The squares of the channels' sums, added, for each bit-width."""
+    channels = int(getattr(layer, "transposed", False))
+    sums = layer.weight_quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums
+    return sums.square().sum(dim=1)
+
+
+def _following(
+    take: Callable[[LsqQuantizer, Tensor, Tensor], None],
+) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
+    """A hook of a quantizer's forward that takes its input and the gradient of its output."""
+
+    def follow(quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            assert isinstance(quantizer, LsqQuantizer)
+            kept = quantizer, inputs[0].detach()
+            output.register_hook(lambda grad: take(*kept, grad))
+
+    return follow
