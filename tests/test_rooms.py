@@ -19,7 +19,7 @@ BELOW = {
     "data": ("training", "values"),
     "joint": ("training", "conversion", "graph", "nn", "kernels", "values"),
     "allocation": ("ilp", "values"),
-    "scores": ("allocation", "training", "conversion", "graph", "nn", "kernels", "values"),
+    "scores": ("joint", "allocation", "training", "conversion", "graph", "nn", "kernels", "values"),
 }
 """Room -> rooms that its modules may import, inside functions too. `app` may import all of them."""
 
