@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from limpq_ext.kernels.bank import WeightBank
-from limpq_ext.kernels.ops import SCALE_MIN, lsq_fake_quantize, lsq_grad_factor, thresholds
+from limpq_ext.kernels.ops import (
+    SCALE_MIN,
+    lsq_fake_quantize,
+    lsq_grad_factor,
+    quantization_error_sums,
+    thresholds,
+)
 from limpq_ext.nn.layers import quantize_layer
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import weight_start_scale
@@ -75,6 +81,7 @@ class Case:
 def all_cases(device: str, *, quick: bool) -> list[Case]:
     """The cases for "cpu" or "cuda"; a quick run has fewer and compiles nothing."""
     cases = [*_single_cases(device, quick), *_multi_cases(device), *_resnet_cases(device)]
+    cases += _error_sums_cases(device)
     return [case for case in cases if case.quick or not quick]
 
 
@@ -366,6 +373,66 @@ def _build_multi(
     contenders = {
         OURS: Contender(ours, inputs),
         "five calls": Contender(theirs, inputs),
+        FLOOR: floor(device, [moved]),
+    }
+    return Workload(contenders, moved)
+
+
+# --- what the errors add to a loss --------------------------------------------------------------
+
+
+def _error_sums_cases(device: str) -> Iterator[Case]:
+    rows: list[tuple[str, Sequence[int], torch.dtype, bool]] = [
+        ("activations", ACTIVATIONS, torch.float32, False),
+        ("activations", ACTIVATIONS, torch.bfloat16, False),
+        ("large weights", LARGE_WEIGHTS, torch.float32, True),
+    ]
+    for label, shape, dtype, signed in rows:
+        yield Case(
+            f"{len(BITS)} bit-widths, error sums of {label} {_shape(shape)} {_dtype(dtype)}",
+            lambda s=shape, d=dtype, g=signed: _build_error_sums(device, s, d, g),
+            quick=signed,
+        )
+
+
+def _build_error_sums(
+    device: str, shape: Sequence[int], dtype: torch.dtype, signed: bool
+) -> Workload:
+    """Sums along the first axis, of samples or output channels, in one call and in plain torch."""
+    moved = 2 * torch.empty((), dtype=dtype).element_size() * math.prod(shape)
+    ranges = [thresholds(bits, signed=signed) for bits in BITS]
+    mins, maxs = [r[0] for r in ranges], [r[1] for r in ranges]
+    data = []
+    for _ in range(_rotation(device, moved)):
+        x = torch.randn(shape, device=device)
+        x = x * 0.05 if signed else x.abs()
+        start = [2 * x.abs().mean() / math.sqrt(quant_max) for quant_max in maxs]
+        data.append((x.to(dtype), torch.randn_like(x).to(dtype), torch.stack(start)))
+
+    def ours(given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torch.stack(quantization_error_sums(*given, mins, maxs, sum_axis=0))
+
+    def eager(given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, grad, scales = given
+        wide, wide_grad = x.float(), grad.float()
+        sums, squares = [], []
+        for scale, (low, high) in zip(scales, ranges, strict=True):
+            term = ((wide / scale).clamp(low, high).round() * scale - wide) * wide_grad
+            sums.append(term.flatten(1).sum(1))
+            squares.append(term.square().flatten(1).sum(1))
+        return torch.stack([torch.stack(sums), torch.stack(squares)])
+
+    (sums, squares), (plain_sums, plain_squares) = ours(data[0]), eager(data[0])
+    assert torch.allclose(squares.float(), plain_squares, rtol=1e-4)
+    bound = 1e-4 * (squares * math.prod(shape[1:])).sqrt()  # of the sum of magnitudes
+    assert bool(((sums - plain_sums.double()).abs() <= bound).all())
+
+    def inputs(call: int) -> tuple[Tensor, Tensor, Tensor]:
+        return data[call % len(data)]
+
+    contenders = {
+        OURS: Contender(ours, inputs),
+        "eager": Contender(eager, inputs),
         FLOOR: floor(device, [moved]),
     }
     return Workload(contenders, moved)

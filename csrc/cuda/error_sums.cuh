@@ -92,7 +92,7 @@ struct ErrorSumsRows {
 ///
 /// Each team of threads takes one channel, and of it either one piece of one row or several rows.
 template <typename T>
-__global__ void __launch_bounds__(error_sums_block) error_sums_rows(
+__global__ void __launch_bounds__(error_sums_block, 6) error_sums_rows(
     const __grid_constant__ Table<ErrorSumsRows<T>, Quantizer<ComputeType<T>>, One> table) {
   const auto picked = table.template pick<false>(blockIdx.x);
   const auto [p, widths, block] = picked;
