@@ -13,7 +13,7 @@ else is possible. So the objective may be any, convex or not, and the matrix of 
 be made positive semi-definite, as CLADO (arXiv 2307.05657) does for its solver.
 
 Where few groups are connected, such as the layers of a block, one group stands for all of their
-combinations. The relaxation of the rows in `limpq_ext.ilp.program` then keeps the products, and its
+combinations, which is tighter still. The relaxation of the rows in `limpq_ext.ilp.program` then keeps the products, and its
 sweeps prove the answer in whole numbers. Where more are connected, as in a chain, each product has
 a group of its own, and HiGHS proves the answer up to its tolerance.
 """
@@ -50,11 +50,6 @@ class Product:
     groups: tuple[int, int]
     labels: tuple[list[int], list[int]]
     values: Mapping[tuple[int, int], Fraction]
-
-    def value(self, chosen: Sequence[int]) -> Fraction:
-        """What the chosen ones add, exactly."""
-        one, two = (own[chosen[group]] for own, group in zip(self.labels, self.groups, strict=True))
-        return self.values.get((one, two), Fraction(0))
 
 
 class QuadraticProgram:

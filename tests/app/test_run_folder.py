@@ -329,6 +329,7 @@ HOLES = "layer,weight_bits,activation_bits,seconds\nlayer1.0.conv1,2,2,0.1\n"
         (["search.min_bits={nothing: 4}"], "'nothing' fits no"),
         (["search.latency=1"], "latency_table is missing"),
         (["search.latency=1", "search.latency_table=none.csv"], "none.csv"),
+        (["search.interactions=none.json"], "none.json"),
         (["search.latency=1", "search.latency_table=holes.csv"], "entries are missing"),
         (["search.size=1"], "no policy keeps size"),
         (["search.bitops=1000"], "no policy keeps bitops"),
