@@ -37,6 +37,9 @@ _MOST_LEVELS: Final = 1025  # from here on all do
 _MOST_LOOKUPS: Final = 2**24  # at once; more channels are done one part after the other
 _VALUES_OF_A_LOOKUP: Final = 8  # that are rounded in the time of one
 _BINS: Final = 8192
+_MANY_VALUES: Final = 2**20  # of a channel; from here on they are counted in bins, not sorted
+_FINE_BINS: Final = 2**18  # of so many values
+_AT_ONCE: Final = 2**22  # values that are put into bins at one time
 
 
 class Distribution:
@@ -50,17 +53,43 @@ class Distribution:
     def __init__(self, values: Tensor, counts: Tensor | None = None) -> None:
         self.values = values.double().contiguous()
         ones = torch.ones_like(self.values) if counts is None else counts.double()
-        terms = torch.stack([ones, ones * self.values, ones * self.values.square()])
-        start = terms.new_zeros((*terms.shape[:2], 1))
-        self._sums = torch.cat([start, terms.cumsum(dim=2)], dim=2)  # [3, channels, n + 1]
+        self._sums = _from_the_left(
+            torch.stack([ones, ones * self.values, ones * self.values.square()])
+        )
 
     @classmethod
     def of(cls, x: Tensor, channel_axis: int | None = None) -> Distribution:
-        """That of all values of a tensor, or of each channel along an axis."""
+        """That of all values of a tensor, or of each channel along an axis.
+
+        Where there are more than a million of them they are put into bins, a 262,144th of their
+        range wide, that have the exact sums of what is in them.
+        """
         x = x.detach()
         rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
         computing = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if rows.shape[1] > _MANY_VALUES:
+            return cls._of_bins(rows)
         return cls(rows.to(computing).sort(dim=1).values)
+
+    @classmethod
+    def _of_bins(cls, rows: Tensor) -> Distribution:
+        channels = len(rows)
+        lowest, highest = (end.double()[:, None] for end in torch.aminmax(rows, dim=1))
+        width = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny) / _FINE_BINS
+        sums = rows.new_zeros(3, channels * _FINE_BINS, dtype=torch.float64)
+        offsets = torch.arange(channels, device=rows.device)[:, None] * _FINE_BINS
+        for part in rows.split(max(1, _AT_ONCE // channels), dim=1):
+            values = part.double()
+            places = ((values - lowest) / width).long().clamp_(0, _FINE_BINS - 1) + offsets
+            for total, power in zip(sums, range(3), strict=True):
+                total.index_add_(0, places.flatten(), values.pow(power).flatten())
+        sums = sums.reshape(3, channels, _FINE_BINS)
+        middles = lowest + (torch.arange(_FINE_BINS, device=rows.device) + 0.5) * width
+        found = object.__new__(cls)
+        found.values = torch.where(sums[0] > 0, sums[1] / sums[0], middles)
+        found.values[:, :1], found.values[:, -1:] = lowest, highest
+        found._sums = _from_the_left(sums)
+        return found
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -231,6 +260,11 @@ class Distribution:
     def _covering(lowest: Tensor, highest: Tensor, quant_min: int, quant_max: int) -> Tensor:
         least = highest.clamp(min=0) / quant_max
         return torch.maximum(least, (-lowest).clamp(min=0) / -quant_min) if quant_min else least
+
+
+def _from_the_left(terms: Tensor) -> Tensor:
+    """The sums of all terms to the left of each, ``[3, channels, n + 1]``."""
+    return torch.cat([terms.new_zeros((*terms.shape[:2], 1)), terms.cumsum(dim=2)], dim=2)
 
 
 def start_scales(found: Distribution, rule: ScaleStart, quant_min: int, quant_max: int) -> Tensor:

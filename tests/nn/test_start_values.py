@@ -148,3 +148,29 @@ def test_zeros_alone_are_counted_and_have_no_step_size():
     assert histogram.distribution().least_error(0, 15) == 0
     histogram.add(torch.ones(10))
     assert histogram.distribution().least_error(0, 1) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(("quant_min", "quant_max"), RANGES)
+@pytest.mark.parametrize("kind", ["normal", "relu", "outliers"])
+def test_many_values_are_put_into_bins_that_give_the_same(monkeypatch, kind, quant_min, quant_max):
+    x = torch.stack([samples(kind, 6001), 3 * samples(kind, 6001, seed=1)])
+    plain = Distribution.of(x, 0)
+    monkeypatch.setattr(start_values, "_MANY_VALUES", 6000)
+    monkeypatch.setattr(start_values, "_AT_ONCE", 5000)
+    binned = Distribution.of(x, 0)
+    assert binned.values.shape == (2, start_values._FINE_BINS)
+    levels = quant_min, quant_max
+    assert torch.equal(binned.no_clipping(*levels), plain.no_clipping(*levels))
+    torch.testing.assert_close(binned.mean_magnitude, plain.mean_magnitude, rtol=1e-4, atol=0)
+    scales = binned.least_error(*levels)[:, None]
+    errors = [found.squared_error(scales, *levels) for found in (binned, plain)]
+    torch.testing.assert_close(*errors, rtol=1e-3, atol=0)
+    least = plain.squared_error(plain.least_error(*levels)[:, None], *levels)
+    torch.testing.assert_close(errors[1], least, rtol=1e-2, atol=0)
+
+
+def test_many_values_that_are_all_the_same_begin_as_few_do(monkeypatch):
+    monkeypatch.setattr(start_values, "_MANY_VALUES", 100)
+    assert Distribution.of(torch.zeros(1000)).least_error(0, 7) == 0
+    found = Distribution.of(torch.full((1000,), 1.5)).least_error(0, 7)
+    assert plain_error(torch.full((1,), 1.5), float(found), 0, 7) < 1e-10
