@@ -41,6 +41,7 @@ Field = pydantic.Field
 
 
 Autocast = Literal["off", "bfloat16", "float16"]
+Calibration = Literal["correct", "reestimate", "off"]
 
 
 class _Section(pydantic.BaseModel):  # type: ignore[name-defined]  # imported by require
@@ -74,7 +75,7 @@ class QuantizationSection(_Section):
         None, gt=0, description="upper bound of all scales; LIMPQ's own code uses 1.0"
     )
     scale_start: ScaleStart = Field(
-        "lsq", description="where step sizes begin: lsq, mse (least squared error), max, percentile"
+        "mse", description="where step sizes begin: mse (least squared error), lsq, max, percentile"
     )
     fixed: tuple[str, ...] | None = Field(
         None, description="layers at 8 bits, by name or pattern; null: the first and the last"
@@ -162,6 +163,13 @@ class FinetuneSection(TrainingSection, _Finetuning):
     init: Literal["float", "joint"] = Field(
         "float", description="start from the float network or from the jointly trained one"
     )
+    calibrate: Calibration | None = Field(
+        None,
+        description="before training: step sizes from several batches, and batch normalisation"
+        " corrected by what quantization moves (correct) or estimated anew (reestimate); off: from"
+        " the first batch, and kept; null: correct, off where init is joint or scale_start is lsq",
+    )
+    calibration_batches: int = Field(4, ge=1, description="batches to calibrate with")
 
 
 class LevelSection(_Section):
@@ -333,7 +341,20 @@ class Recipe(_Section):
                 f"finetune.init is joint, but the baseline's W{level.weight_bits}"
                 f"A{level.activation_bits} is not among the bits {list(self.bits)}"
             )
+        if self.finetune.init == "joint" and self.finetune.calibrate == "correct":
+            raise ValueError(
+                "finetune.calibrate is correct, but with finetune.init joint there is nothing to"
+                " correct: batch normalisation was trained at these bits"
+            )
         return self
+
+    @property
+    def calibration(self) -> Calibration:
+        """How a policy is calibrated before it is fine-tuned."""
+        if self.finetune.calibrate is not None:
+            return self.finetune.calibrate
+        begun = self.finetune.init == "joint" or self.quantization.scale_start == "lsq"
+        return "off" if begun else "correct"
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from limpq_ext.training.metrics import Meter, Record
 from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.values.indicators import Indicators
 from limpq_ext.values.policy import Policy
+
+_NOT_OF_TRAINING: Final = {"batch_size", "autocast", "init", "calibrate", "calibration_batches"}
+"""What sections have beside the options of `finetune`."""
 
 
 def train_float(
@@ -114,7 +117,7 @@ def finetune_policy(
     recording: Recording | None = None,
     joint_weights: Path | None = None,
 ) -> nn.Module:
-    """The quantized model of a policy, fine-tuned.
+    """The quantized model of a policy, calibrated as the recipe says, and fine-tuned.
 
     Args:
         session: The recipe.
@@ -132,6 +135,10 @@ def finetune_policy(
         broadcast_state(start)
     quantized = session.quantize(start, policy).to(session.device)
     options = session.recipe.finetune
+    if session.recipe.calibration != "off":
+        batches = _first_batches(_seeded_loader(session, options), options.calibration_batches)
+        corrected = session.recipe.calibration == "correct"
+        calibrate(quantized, batches, reference=model if corrected else None)
     teacher = model if options.distill_weight else None
     _finetune(session, quantized, options, on_step=on_step, recording=recording, teacher=teacher)
     return quantized
@@ -146,20 +153,25 @@ def calibrated_indicators(
         They, and the prepared model that has them.
     """
     prepared = session.prepare(model)
-    calibrate(prepared, _some_batches(session, batches))
+    calibrate(prepared, _some_batches(session, batches), reference=model)
     return Indicators.from_model(prepared, {"calibrated_batches": batches}), prepared
 
 
 def calibrated_network(session: Session, weights: Path, policy: Policy, batches: int) -> nn.Module:
     """The network of a policy from float weights, calibrated with a few batches: a first look."""
-    model = session.quantize(session.float_model(weights), policy).to(session.device)
-    calibrate(model, _some_batches(session, batches))
+    original = session.float_model(weights)
+    model = session.quantize(original, policy).to(session.device)
+    calibrate(model, _some_batches(session, batches), reference=original)
     return model
 
 
 def _some_batches(session: Session, count: int) -> list[Any]:
     """The first training batches of the joint stage, whatever the number of processes."""
     loader = _seeded_loader(session, session.recipe.joint, session.recipe.data.fraction)
+    return _first_batches(loader, count)
+
+
+def _first_batches(loader: Any, count: int) -> list[Any]:
     return list(itertools.islice(batches_of_epoch(loader, 0), count))
 
 
@@ -196,7 +208,7 @@ def _finetune(
     finetune(
         model,
         _seeded_loader(session, options),
-        FinetuneOptions(**options.model_dump(exclude={"batch_size", "autocast", "init"})),
+        FinetuneOptions(**options.model_dump(exclude=_NOT_OF_TRAINING)),
         recording=recording,
         on_step=on_step,
         teacher=teacher,

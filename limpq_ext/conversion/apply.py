@@ -27,7 +27,7 @@ def apply_policy(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
-    scale_start: ScaleStart = "lsq",
+    scale_start: ScaleStart = "mse",
 ) -> nn.Module:
     """A copy of ``model`` with every layer at the bits that ``policy`` gives it.
 

@@ -32,7 +32,7 @@ def prepare(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = math.inf,
-    scale_start: ScaleStart = "lsq",
+    scale_start: ScaleStart = "mse",
 ) -> nn.Module:
     """A copy of ``model`` that joint training can run at any of ``bits``, layer by layer.
 
@@ -57,8 +57,8 @@ def prepare(
             indicator of a layer is then their mean.
         symmetric_weights: Leave out the lowest value of the weights' range.
         scale_max: Upper bound of all scales; LIMPQ's own code uses 1.0.
-        scale_start: Where step sizes begin: "lsq" as LSQ and LIMPQ do, "mse" at the least squared
-            error, "max" without clipping, "percentile" with one value in 10,000 clipped.
+        scale_start: Where step sizes begin: "mse" at the least squared error, "lsq" as LSQ and
+            LIMPQ do, "max" without clipping, "percentile" with one value in 10,000 clipped.
 
     Returns:
         The prepared copy, of the same class, on the same device and in the same mode.

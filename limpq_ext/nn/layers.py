@@ -134,7 +134,7 @@ def quantize_layer(
     per_channel_weights: bool = False,
     symmetric_weights: bool = False,
     scale_max: float = float("inf"),
-    scale_start: ScaleStart = "lsq",
+    scale_start: ScaleStart = "mse",
     name: str = "",
 ) -> QuantizedLayer:
     """A quantized layer that shares the parameters of ``module``, also of a subclass.

@@ -91,7 +91,7 @@ class LsqQuantizer(nn.Module):
         channel_axis: int = 0,
         scale_min: float = SCALE_MIN,
         scale_max: float = math.inf,
-        scale_start: ScaleStart = "lsq",
+        scale_start: ScaleStart = "mse",
         name: str = "",
     ) -> None:
         super().__init__()

@@ -179,6 +179,14 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
             {"finetune": {"epochs": 1, "lr": 1, "init": "joint"}, "bits": [2]},
             "^recipe: finetune.init is joint",
         ),
+        (
+            {"finetune": {"epochs": 1, "lr": 1, "init": "joint", "calibrate": "correct"}},
+            "^recipe: finetune.calibrate is correct, but with finetune.init joint there is nothing",
+        ),
+        (
+            {"finetune": {"epochs": 1, "lr": 1, "calibrate": "always"}},
+            "recipe: finetune.calibrate: .*'correct', 'reestimate' or 'off'",
+        ),
         ({"bits": [1, 4]}, "recipe: bits: .*1 bits is outside 2 to 16$"),
         ({"bits": []}, "recipe: bits: .*bits is empty"),
         ({"bits": "all"}, "recipe: bits: "),
@@ -256,6 +264,25 @@ def test_the_numbers_of_limpq_are_its_published_ones(name):
     assert joint.label_smoothing == tuned.label_smoothing == 0.1
     assert (tuned.epochs, tuned.lr, tuned.warmup_epochs) == (90, 0.04, 5)
     assert (recipe.data.name, recipe.data.image_size) == ("imagenet", 224)
+    assert (recipe.quantization.scale_start, recipe.calibration) == ("lsq", "off")
+
+
+@pytest.mark.parametrize(
+    ("content", "calibration"),
+    [
+        ({}, "correct"),
+        ({"quantization": {"scale_start": "max"}}, "correct"),
+        ({"quantization": {"scale_start": "lsq"}}, "off"),
+        ({"quantization": {"scale_start": "lsq"}, "finetune": {"calibrate": "correct"}}, "correct"),
+        ({"finetune": {"init": "joint"}}, "off"),
+        ({"finetune": {"init": "joint", "calibrate": "reestimate"}}, "reestimate"),
+        ({"finetune": {"calibrate": "off"}}, "off"),
+    ],
+)
+def test_a_policy_is_calibrated_before_it_is_tuned_unless_it_begins_elsewhere(content, calibration):
+    if "finetune" in content:
+        content = {**content, "finetune": {"epochs": 1, "lr": 0.01, **content["finetune"]}}
+    assert make_recipe(content).calibration == calibration
 
 
 @pytest.mark.parametrize(
@@ -339,7 +366,11 @@ def test_a_name_that_is_no_recipe_is_told_which_are():
     [
         (DataSection, DataOptions, {"fraction", "workers"}),
         (TrainingSection, TrainingOptions, {"batch_size", "autocast"}),
-        (FinetuneSection, FinetuneOptions, {"batch_size", "autocast", "init"}),
+        (
+            FinetuneSection,
+            FinetuneOptions,
+            {"batch_size", "autocast", "init", "calibrate", "calibration_batches"},
+        ),
     ],
 )
 def test_sections_are_made_of_the_options_of_what_they_are_for(section, options, own):

@@ -9,6 +9,7 @@ pytest.importorskip("sklearn")
 from limpq_ext.app import trainings
 from limpq_ext.app.recipe import make_recipe
 from limpq_ext.app.session import Session
+from limpq_ext.training.calibration import calibrate
 
 
 def indicators(**options):
@@ -79,3 +80,46 @@ def test_what_the_branches_share_can_be_switched_off_in_a_recipe(monkeypatch):
     assert shared["stem"]
     assert shared["dropped_relus"] > 0
     assert plain == {"weight_bank": False, "stem": False, "dropped_relus": 0}
+
+
+def tuning_session(**finetune):
+    model = {"name": "cifar_resnet", "options": {"blocks": 1, "width": 4}}
+    section = {"epochs": 1, "lr": 0.01, "batch_size": 64, **finetune}
+    session = Session(make_recipe({"model": model, "device": "cpu", "finetune": section}))
+    return session, session.uniform_policy(session.profile())
+
+
+def tensors_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("way", [None, "correct", "reestimate", "off"])
+def test_a_policy_is_calibrated_as_the_recipe_says_before_it_is_tuned(way, monkeypatch):
+    session, policy = tuning_session(calibrate=way, calibration_batches=2)
+    begun = []
+    monkeypatch.setattr(
+        trainings, "finetune", lambda model, *others, **options: begun.append(tensors_of(model))
+    )
+    trainings.finetune_policy(session, session.create_model(), policy)
+    model = session.create_model()
+    expected = session.quantize(model, policy)
+    loader = trainings.train_loader(session, session.recipe.finetune)
+    batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
+    if way != "off":
+        calibrate(expected, batches, reference=None if way == "reestimate" else model)
+    for name, value in expected.state_dict().items():
+        assert value.equal(begun[0][name]), name
+
+
+def test_a_network_that_is_calibrated_for_a_first_look_is_corrected(tmp_path):
+    session, policy = tuning_session()
+    weights = tmp_path / "float.safetensors"
+    session.save(session.create_model(), weights)
+    looked_at = trainings.calibrated_network(session, weights, policy, 2)
+    model = session.float_model(weights)
+    expected = session.quantize(model, policy)
+    loader = trainings.train_loader(session, session.recipe.joint)
+    batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
+    calibrate(expected, batches, reference=model)
+    for name, value in expected.state_dict().items():
+        assert value.equal(looked_at.state_dict()[name]), name

@@ -106,7 +106,7 @@ def test_a_transposed_convolution_runs_on_quantized_input_and_weight(
     make_module, shape, cls, function, per_channel
 ):
     module = make_module()
-    layer, x = started(module, shape, per_channel_weights=per_channel)
+    layer, x = started(module, shape, per_channel_weights=per_channel, scale_start="lsq")
     assert isinstance(layer, cls)
     assert isinstance(layer, type(module))
     quantized = layer.weight_quantizer(module.weight)

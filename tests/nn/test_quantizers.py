@@ -127,6 +127,7 @@ def test_activations_begin_by_the_rule_on_the_first_batch_of_each_bit_width(sign
 
 @pytest.mark.usefixtures("device")
 def test_what_is_observed_passes_unquantized_and_starts_all_bit_widths():
+    torch.manual_seed(0)
     quantizer = ActivationQuantizer((2, 4, 8), scale_start="mse").eval()
     histogram = Histogram()
     quantizer.observe = histogram.add
