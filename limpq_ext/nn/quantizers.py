@@ -23,6 +23,7 @@ from limpq_ext.kernels.ops import (
     quantization_error_sums,
     thresholds,
 )
+from limpq_ext.nn.processes import is_distributed
 from limpq_ext.nn.start_values import (
     Distribution,
     Histogram,
@@ -346,7 +347,7 @@ class ActivationQuantizer(LsqQuantizer):
             self.start_from(histogram, [self._index])
             return
         mean_and_lowest = torch.stack([x.float().abs().mean(), x.float().min()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             lowest = mean_and_lowest[1].clone()
             torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
             torch.distributed.all_reduce(mean_and_lowest)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from limpq_ext.nn.processes import is_distributed
+
 ScaleStart = Literal["mse", "lsq", "max", "percentile"]
 """How step sizes begin: the least squared error, LSQ's rule, without clipping, or with the largest
 one in 10,000 values clipped."""
@@ -355,7 +357,7 @@ class Histogram:
 
     def share(self) -> None:
         """Add up what all processes counted, in each of them."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return
         assert self.counts is not None
         ends = self.counts.new_tensor([self.bound, -self.lowest])

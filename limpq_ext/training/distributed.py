@@ -17,17 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from limpq_ext.nn.processes import alone, is_distributed
 from limpq_ext.training.signals import MainProcessError
 
 Value = TypeVar("Value")
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are exchanged in pieces of about this size, as DistributedDataParallel does."""
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
@@ -120,6 +116,8 @@ def gather(value: Any) -> list[Any]:
 def from_main(function: Callable[[], Value]) -> Value:
     """Call a function in process 0 alone and give its value to all.
 
+    To the function it is the only process there is, so that it may do all that a single one can.
+
     Raises:
         MainProcessError: In the other processes, where the function raised in process 0.
     """
@@ -129,7 +127,8 @@ def from_main(function: Callable[[], Value]) -> Value:
     failure: Exception | None = None
     if is_main():
         try:
-            message[0] = function()
+            with alone():
+                message[0] = function()
         except Exception as error:
             failure, message[1] = error, str(error)
     dist.broadcast_object_list(message, src=0)
