@@ -9,7 +9,7 @@ from typing import Final
 from limpq_ext.allocation.infeasible import InfeasibleError
 from limpq_ext.allocation.search import search
 from limpq_ext.app.models import is_published
-from limpq_ext.app.recipe import Recipe
+from limpq_ext.app.recipe import LEARNED, Recipe
 from limpq_ext.app.session import Session
 from limpq_ext.app.trainings import make_joint_trainer, train_loader
 from limpq_ext.training.distributed import from_main
@@ -42,10 +42,13 @@ def check(session: Session) -> None:
     from_main(lambda: check_search(session.recipe, costs))
     model = session.create_model()
     session.quantize(model, session.uniform_policy(costs))
-    make_joint_trainer(session, session.prepare(model), Meter(session.device))
+    prepared = session.prepare(model)
+    if session.recipe.scores.method == LEARNED:
+        make_joint_trainer(session, prepared, Meter(session.device))
     for options in (session.recipe.float_training, session.recipe.finetune):
         train_loader(session, options)
-    train_loader(session, session.recipe.joint, session.recipe.data.fraction)
+    if session.recipe.scores.method == LEARNED:
+        train_loader(session, session.recipe.joint, session.recipe.data.fraction)
 
 
 def check_search(recipe: Recipe, costs: Costs) -> None:

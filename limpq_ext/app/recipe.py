@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
 from limpq_ext.data.datasets import DataOptions
 from limpq_ext.data.glyphs import CLASSES
 from limpq_ext.data.sources import canonical_name
 from limpq_ext.nn.start_values import ScaleStart
+from limpq_ext.scores.check import LEAST_RANDOM
+from limpq_ext.scores.methods import method_named
 from limpq_ext.training.finetune import FinetuneOptions, TrainingOptions
 from limpq_ext.values.bits import MAX_BITS, MIN_BITS, check_candidates
 from limpq_ext.values.interactions import Interactions
@@ -39,6 +41,9 @@ pydantic = require("pydantic", "cli")
 
 Field = pydantic.Field
 
+
+LEARNED: Final = "learned"
+AUTO: Final = "auto"
 
 Autocast = Literal["off", "bfloat16", "float16"]
 Calibration = Literal["correct", "reestimate", "off"]
@@ -155,6 +160,65 @@ class JointSection(TrainingSection):
         True, description="compute what comes before the first searchable layer once a step"
     )
     drop_relu: bool = Field(True, description="let quantizers take over the ReLUs before them")
+
+
+class ScoresSection(_Section):
+    """What bits are worth to each layer, and the images that it is measured on."""
+
+    method: str = Field(
+        LEARNED,
+        description="learned: joint training; else a score of `limpq scores --list`, without any;"
+        " auto: the one whose optimum loses least on this network",
+    )
+    candidates: tuple[str, ...] | None = Field(
+        None, description="what auto chooses from; null: all scores that need no training"
+    )
+    batches: int = Field(4, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        if method not in (LEARNED, AUTO):
+            method_named(method)
+        return method
+
+    @pydantic.field_validator("candidates")
+    @classmethod
+    def _check_candidates(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names == ():
+            raise ValueError("there is nothing to choose from")
+        for name in names or ():
+            method_named(name)
+        return names
+
+
+class CheckSection(_Section):
+    """What the searched policy is worth without training, beside uniform and random ones."""
+
+    random: int = Field(5, ge=0, description="random policies, 3 or more; 0: there is no check")
+    neighbours: int = Field(0, ge=0, description="policies a swap of bits away")
+    batches: int = Field(4, ge=1, description="other batches than those of the scores")
+
+    @pydantic.field_validator("random")
+    @classmethod
+    def _check_random(cls, random: int) -> int:
+        if 0 < random < LEAST_RANDOM:
+            raise ValueError(f"expected 0, or {LEAST_RANDOM} or more")
+        return random
+
+
+class RefineSection(_Section):
+    """Swaps of bits that lower what the policy loses without training; off without a limit."""
+
+    seconds: float | None = Field(None, gt=0, description="the most that it may take")
+    steps: int | None = Field(None, ge=1, description="the most policies that are measured")
+    patience: int = Field(50, ge=1, description="policies in a row that did not help")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a limit."""
+        return self.seconds is not None or self.steps is not None
 
 
 class FinetuneSection(TrainingSection, _Finetuning):
@@ -317,7 +381,10 @@ class Recipe(_Section):
         )
     )
     joint: JointSection = Field(default_factory=lambda: JointSection(epochs=10, lr=0.01))
+    scores: ScoresSection = Field(default_factory=ScoresSection)
     search: SearchSection = Field(default_factory=SearchSection)
+    check: CheckSection = Field(default_factory=CheckSection)
+    refine: RefineSection = Field(default_factory=RefineSection)
     baseline: LevelSection = Field(
         default_factory=LevelSection, description="uniform policy to compare with"
     )
@@ -340,6 +407,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"finetune.init is joint, but the baseline's W{level.weight_bits}"
                 f"A{level.activation_bits} is not among the bits {list(self.bits)}"
+            )
+        if self.finetune.init == "joint" and self.scores.method != LEARNED:
+            raise ValueError(
+                f"finetune.init is joint, but with scores.method {self.scores.method} there is no"
+                " joint training"
             )
         if self.finetune.init == "joint" and self.finetune.calibrate == "correct":
             raise ValueError(

@@ -30,6 +30,8 @@ class Result:
         size_bytes: Of all weights, without biases and batch normalisation.
         compression: Ratio to 32-bit weights.
         total_bytes: Of all parameters, those that stay in float32 included.
+        untrained: Divergence of the outputs from the float network's before any fine-tuning, in
+            nats; None where it was not measured.
     """
 
     name: str
@@ -38,9 +40,17 @@ class Result:
     size_bytes: float
     compression: float
     total_bytes: float
+    untrained: float | None = None
 
 
-def result_of(name: str, accuracy: float, costs: Costs, policy: Policy | None) -> Result:
+def result_of(
+    name: str,
+    accuracy: float,
+    costs: Costs,
+    policy: Policy | None,
+    *,
+    untrained: float | None = None,
+) -> Result:
     """The result of a network.
 
     Args:
@@ -48,6 +58,7 @@ def result_of(name: str, accuracy: float, costs: Costs, policy: Policy | None) -
         accuracy: On the test set.
         costs: Of the network.
         policy: Its bits; None: the float network.
+        untrained: What it loses before any fine-tuning.
     """
     bits = (
         dict.fromkeys((layer.name for layer in costs.layers), (FLOAT_BITS, FLOAT_BITS))
@@ -63,6 +74,7 @@ def result_of(name: str, accuracy: float, costs: Costs, policy: Policy | None) -
         size_bytes=size / 8,
         compression=float_size / size,
         total_bytes=(size + FLOAT_BITS * costs.parameters_in_float()) / 8,
+        untrained=untrained,
     )
 
 
@@ -75,12 +87,14 @@ class RunReport:
         seconds: What every stage took when it ran.
         reused: The stages that did not have to run again.
         folder: Where the files are.
+        warnings: What the user should know of the policy, a sentence each.
     """
 
     results: tuple[Result, ...]
     seconds: dict[str, float]
     reused: tuple[str, ...]
     folder: Path
+    warnings: tuple[str, ...] = ()
 
 
 def evaluate_network(

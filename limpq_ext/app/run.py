@@ -16,15 +16,17 @@ from limpq_ext.allocation.search import search
 from limpq_ext.app.check import check
 from limpq_ext.app.locks import only_one
 from limpq_ext.app.models import is_published
-from limpq_ext.app.recipe import Recipe
+from limpq_ext.app.recipe import AUTO, LEARNED, Recipe
 from limpq_ext.app.results import (
     Result,
     RunReport,
     evaluate_network,
     result_of,
 )
+from limpq_ext.app.scoring import check_policy, measure_scores, refine_policy
 from limpq_ext.app.session import Session
 from limpq_ext.app.stages import (
+    CHECK,
     COSTS,
     DATA,
     FINETUNED,
@@ -33,7 +35,9 @@ from limpq_ext.app.stages import (
     JOINT_WEIGHTS,
     LOCK,
     POLICY,
+    REFINED,
     SCAN,
+    SCORES,
     UNIFORM_FINETUNED,
     UNIFORM_POLICY,
     Reporter,
@@ -42,6 +46,7 @@ from limpq_ext.app.stages import (
 )
 from limpq_ext.app.trainings import finetune_policy, train_float, train_indicators
 from limpq_ext.data.loading import Data
+from limpq_ext.scores.check import ScoreCheck
 from limpq_ext.training.distributed import from_main, gather
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.files import write_json
@@ -91,12 +96,18 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     measured = [str(Path(path).resolve()) for path in read]
     training = part["float_training"] if weights is None else None
     quantized = [common, part["quantization"]]
-    learning = [*quantized, session.fraction_key(), part["bits"], part["joint"]]
+    images = session.fraction_key()
+    learning = [*quantized, images, part["bits"], part["joint"]]
+    scoring = [*quantized, images, part["bits"], part["scores"]]
+    checking = [*quantized, images, part["scores"], part["check"], part["search"]]
+    auto = [part["check"], part["search"]] if recipe.scores.method == AUTO else []
     joint = recipe.finetune.init == "joint"
     tuning = [*quantized, part["finetune"], part["bits"] if joint else None]
     start = [FLOAT_WEIGHTS, JOINT_WEIGHTS] if joint else [FLOAT_WEIGHTS]
 
     work = _Work(session, folder, reporter)
+    indicators, policy = work.indicators_file, work.policy_file
+    asked = [FLOAT_WEIGHTS, indicators, COSTS, *measured]
 
     def stage(
         name: str, do: Callable[[Stage], None], settings: Sequence[Any], inputs: Sequence[str]
@@ -106,16 +117,38 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
                 do(own)
 
     stage("float", work.make_float, [common, training], given)
-    stage("indicators", work.learn_indicators, learning, [FLOAT_WEIGHTS])
+    if recipe.scores.method == LEARNED:
+        stage("indicators", work.learn_indicators, learning, [FLOAT_WEIGHTS])
     stage("profile", work.count_costs, quantized, [])
-    stage("search", work.find_policy, [part["search"]], [INDICATORS, COSTS, *measured])
-    for line in _budgets_in_words(work.policy):
+    if recipe.scores.method != LEARNED:
+        found = [FLOAT_WEIGHTS, *([COSTS, *measured] if auto else [])]
+        stage("scores", work.measure_scores, [*scoring, *auto], found)
+    stage("search", work.find_policy, [part["search"]], [indicators, COSTS, *measured])
+    for line in _budgets_in_words(work.found):
         reporter.say(line)
-    stage("finetune", work.tune_policy, tuning, [*start, POLICY])
+    checked: ScoreCheck | None = None
+    if recipe.check.random and work.found.budgets:
+        try:
+            stage("check", work.check_policy, checking, asked)
+        except _NotCheckedError as reason:
+            reporter.say(f"check: left out: {reason}")
+        else:
+            checked = work.checked
+            for line in (*checked.text().splitlines(), *checked.warnings()):
+                reporter.say(f"check: {line}")
+    if recipe.refine.wanted:
+        stage("refine", work.refine_policy, [*checking, part["refine"]], [*asked, POLICY])
+        reporter.say(_refined_in_words(work.policy))
+    stage("finetune", work.tune_policy, tuning, [*start, policy])
     stage("baseline", work.tune_uniform, [*tuning, part["baseline"]], [*start, COSTS])
     with stages.stage("evaluate", [], always=True) as own:
-        results = tuple(work.evaluate(own))
-    return RunReport(results, stages.seconds, tuple(stages.reused), folder)
+        results = tuple(work.evaluate(own, checked))
+    warnings = () if checked is None or recipe.refine.wanted else checked.warnings()
+    return RunReport(results, stages.seconds, tuple(stages.reused), folder, warnings)
+
+
+class _NotCheckedError(Exception):
+    """Why a policy cannot be compared with others; a run goes on without."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +170,35 @@ class _Work:
         """What the profile wrote."""
         return from_main(lambda: Costs.load(self.folder / COSTS))
 
+    @property
+    def indicators_file(self) -> str:
+        """What the search reads."""
+        return INDICATORS if self.session.recipe.scores.method == LEARNED else SCORES
+
+    @property
+    def policy_file(self) -> str:
+        """What is fine-tuned."""
+        return REFINED if self.session.recipe.refine.wanted else POLICY
+
     @cached_property
-    def policy(self) -> Policy:
+    def indicators(self) -> Indicators:
+        """What joint training or the scores wrote."""
+        return from_main(lambda: Indicators.load(self.folder / self.indicators_file))
+
+    @cached_property
+    def found(self) -> Policy:
         """What the search wrote."""
         return from_main(lambda: Policy.load(self.folder / POLICY))
+
+    @cached_property
+    def policy(self) -> Policy:
+        """What is fine-tuned: what the search wrote, or what that was refined to."""
+        return from_main(lambda: Policy.load(self.folder / self.policy_file))
+
+    @cached_property
+    def checked(self) -> ScoreCheck:
+        """What the check wrote."""
+        return from_main(lambda: ScoreCheck.load(self.folder / CHECK))
 
     @property
     def uniform(self) -> Policy:
@@ -168,15 +226,41 @@ class _Work:
         stage.write(JOINT_WEIGHTS, partial(self.session.save, prepared))
         stage.write(INDICATORS, indicators.save)
 
+    def measure_scores(self, stage: Stage) -> None:
+        method = self.session.recipe.scores.method
+        with self.reporter.stage(f"measuring the scores ({method})"):
+            model = self.session.float_model(self.folder / FLOAT_WEIGHTS)
+            scores = measure_scores(self.session, model, self.reporter.say, self.costs)
+        stage.write(SCORES, scores.save)
+
     def count_costs(self, stage: Stage) -> None:
         stage.write(COSTS, self.session.profile().save)
 
     def find_policy(self, stage: Stage) -> None:
-        costs, asked = self.costs, self.session.recipe.search
-        found = from_main(
-            lambda: search(Indicators.load(self.folder / INDICATORS), costs, **asked.question())
-        )
+        costs, asked, indicators = self.costs, self.session.recipe.search, self.indicators
+        found = from_main(lambda: search(indicators, costs, **asked.question()))
         stage.write(POLICY, found.save)
+
+    def check_policy(self, stage: Stage) -> None:
+        with self.reporter.stage("checking what the policy is worth") as on_step:
+            model = self.session.float_model(self.folder / FLOAT_WEIGHTS)
+            check = check_policy(self.session, model, self.indicators, self.costs, on_step)
+        if isinstance(check, str):
+            raise _NotCheckedError(check)
+        stage.journal.start()
+        for policy in check.policies:
+            stage.journal.write(
+                {"policy": policy.kind, "kl": policy.loss, "agreement": policy.agreement}
+            )
+        stage.write(CHECK, check.save)
+
+    def refine_policy(self, stage: Stage) -> None:
+        with self.reporter.stage("refining the policy") as on_step:
+            model = self.session.float_model(self.folder / FLOAT_WEIGHTS)
+            refined = refine_policy(
+                self.session, model, self.found, self.indicators, self.costs, on_step
+            )
+        stage.write(REFINED, refined.save)
 
     def tune_policy(self, stage: Stage) -> None:
         model = self._tuned(self.policy, "fine-tuning the policy", stage)
@@ -201,8 +285,9 @@ class _Work:
                 joint_weights=self.folder / JOINT_WEIGHTS if joint else None,
             )
 
-    def evaluate(self, stage: Stage) -> Iterator[Result]:
+    def evaluate(self, stage: Stage, checked: ScoreCheck | None) -> Iterator[Result]:
         stage.journal.start()
+        untrained = {} if checked is None else self._untrained(checked)
         float_network = self.session.network(self.folder / FLOAT_WEIGHTS, None)
         for name, policy, weights in (
             ("float", None, FLOAT_WEIGHTS),
@@ -220,7 +305,23 @@ class _Work:
                 numbers |= asdict(confusion)
                 del numbers["counts"]
             stage.journal.write(numbers)
-            yield result_of(name, evaluation.accuracy, self.costs, policy)
+            yield result_of(
+                name, evaluation.accuracy, self.costs, policy, untrained=untrained.get(name)
+            )
+
+    def _untrained(self, checked: ScoreCheck) -> dict[str, float]:
+        """What the policies that are tuned lose before that, as far as it was measured."""
+        losses = {
+            (policy.weight_bits, policy.activation_bits): policy.loss for policy in checked.policies
+        }
+        found = {}
+        for name, policy in (("policy", self.policy), ("uniform", self.uniform)):
+            loss = losses.get(_bits_of(policy, checked.layers))
+            if name == "policy" and "refined" in policy.meta:
+                loss = policy.meta["refined"]["held_out"]["after"]
+            if loss is not None:
+                found[name] = loss
+        return found
 
 
 @contextmanager
@@ -260,6 +361,22 @@ def _note_broken(data: Data, stages: Stages, reporter: Reporter) -> None:
             f"data: images that could not be read and were replaced by others: {len(names)},"
             f" such as {names[-1]}"
         )
+
+
+def _bits_of(policy: Policy, layers: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The bits of the weights and of the activations, in the order of these layers."""
+    bits = policy.bits()
+    return tuple(bits[name][0] for name in layers), tuple(bits[name][1] for name in layers)
+
+
+def _refined_in_words(policy: Policy) -> str:
+    """What refinement brought, on the images that it did not see too."""
+    told = policy.meta["refined"]
+    other = told["held_out"]
+    return (
+        f"refine: {len(told['record'])} policies measured, KL {told['before']:.4g} ->"
+        f" {told['after']:.4g}, on other images {other['before']:.4g} -> {other['after']:.4g}"
+    )
 
 
 def _budgets_in_words(policy: Policy) -> list[str]:

@@ -153,13 +153,13 @@ class Session:
             example_input=self.example_input(),
             fixed=options.fixed,
             exclude=options.exclude,
-            **self._quantizers(),
+            **self.quantizers(),
         )
         return prepared.to(self.device)
 
     def quantize(self, model: nn.Module, policy: Policy) -> nn.Module:
         """A float or prepared model at the bits of a policy."""
-        return apply_policy(model, policy, **self._quantizers())
+        return apply_policy(model, policy, **self.quantizers())
 
     def profile(self) -> Costs:
         """The costs of the model."""
@@ -176,7 +176,8 @@ class Session:
         level = self.recipe.baseline
         return Policy.uniform(costs, level.weight_bits, level.activation_bits)
 
-    def _quantizers(self) -> dict[str, Any]:
+    def quantizers(self) -> dict[str, Any]:
+        """The options of all quantizers, as `prepare` and `apply_policy` take them."""
         options = self.recipe.quantization.model_dump(exclude={"fixed", "exclude"})
         if options["scale_max"] is None:
             options["scale_max"] = math.inf

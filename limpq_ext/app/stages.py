@@ -30,7 +30,10 @@ FLOAT_WEIGHTS: Final = "float.safetensors"
 INDICATORS: Final = "indicators.json"
 JOINT_WEIGHTS: Final = "joint.safetensors"
 COSTS: Final = "costs.json"
+SCORES: Final = "scores.json"
 POLICY: Final = "policy.json"
+CHECK: Final = "check.json"
+REFINED: Final = "refined.json"
 FINETUNED: Final = "finetuned.safetensors"
 UNIFORM_POLICY: Final = "uniform.json"
 UNIFORM_FINETUNED: Final = "uniform.safetensors"
@@ -46,7 +49,10 @@ OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "float": (FLOAT_WEIGHTS,),
     "indicators": (INDICATORS, JOINT_WEIGHTS),
     "profile": (COSTS,),
+    "scores": (SCORES,),
     "search": (POLICY,),
+    "check": (CHECK,),
+    "refine": (REFINED,),
     "finetune": (FINETUNED,),
     "baseline": (UNIFORM_POLICY, UNIFORM_FINETUNED),
     "evaluate": (),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from limpq_ext.app.recipe import TrainingSection
 from limpq_ext.app.session import Session
-from limpq_ext.data.loading import make_loader
+from limpq_ext.data.loading import ImageSet, make_loader
 from limpq_ext.joint.trainer import JointTrainer
 from limpq_ext.training.batches import batches_of_epoch
 from limpq_ext.training.calibration import calibrate
@@ -136,7 +136,8 @@ def finetune_policy(
     quantized = session.quantize(start, policy).to(session.device)
     options = session.recipe.finetune
     if session.recipe.calibration != "off":
-        batches = _first_batches(_seeded_loader(session, options), options.calibration_batches)
+        epoch = batches_of_epoch(_seeded_loader(session, options), 0)
+        batches = list(itertools.islice(epoch, options.calibration_batches))
         corrected = session.recipe.calibration == "correct"
         calibrate(quantized, batches, reference=model if corrected else None)
     teacher = model if options.distill_weight else None
@@ -167,12 +168,22 @@ def calibrated_network(session: Session, weights: Path, policy: Policy, batches:
 
 def _some_batches(session: Session, count: int) -> list[Any]:
     """The first training batches of the joint stage, whatever the number of processes."""
-    loader = _seeded_loader(session, session.recipe.joint, session.recipe.data.fraction)
-    return _first_batches(loader, count)
+    return first_batches(session, session.recipe.joint.batch_size, count, 0)
 
 
-def _first_batches(loader: Any, count: int) -> list[Any]:
-    return list(itertools.islice(batches_of_epoch(loader, 0), count))
+def first_batches(session: Session, batch_size: int, count: int, epoch: int) -> list[Any]:
+    """Batches of the images that indicators come from.
+
+    Args:
+        session: The recipe.
+        batch_size: Samples in a batch, over all processes.
+        count: The most that there are.
+        epoch: Its first ones.
+    """
+    session.seed(rank())
+    part = session.data.train.part(session.recipe.data.fraction, session.recipe.data.seed)
+    loader = _loader(session, part, batch_size)
+    return list(itertools.islice(batches_of_epoch(loader, epoch), count))
 
 
 def _seeded_loader(session: Session, options: TrainingSection, fraction: float = 1.0) -> Any:
@@ -187,9 +198,14 @@ def train_loader(session: Session, options: TrainingSection, fraction: float = 1
     Raises:
         ValueError: A batch cannot be shared equally by the processes.
     """
+    part = session.data.train.part(fraction, session.recipe.data.seed)
+    return _loader(session, part, options.batch_size)
+
+
+def _loader(session: Session, images: ImageSet, batch_size: int) -> Any:
     return make_loader(
-        session.data.train.part(fraction, session.recipe.data.seed),
-        batch_size=options.batch_size,
+        images,
+        batch_size=batch_size,
         train=True,
         seed=session.recipe.seed,
         workers=session.recipe.data.workers,

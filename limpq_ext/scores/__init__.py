@@ -4,9 +4,9 @@
 `subject` is the network that they switch quantizers on in. Imports training, conversion, nn and
 values. Begin with `one_at_a_time`, the plainest.
 `second_order` and `one_at_a_time` each have a score, measured on a float network and a few batches;
-`subject` is the network that they switch quantizers on in. `measure` measures policies, `check`
-says by it what scores are worth, and `refine` betters a policy. Imports allocation, training,
-conversion, nn and values. Begin with `one_at_a_time`, the plainest.
+`methods` lists them; `subject` is the network that they switch quantizers on in. `measure` measures
+policies, `check` says by it what scores are worth, and `refine` betters a policy. Imports
+allocation, training, conversion, nn and values. Begin with `one_at_a_time`, the plainest.
 """
 
 from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis

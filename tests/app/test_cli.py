@@ -18,8 +18,18 @@ pytest.importorskip("typer")
 import yaml
 from pictures import write_classes
 
-from limpq_ext import Costs, Curve, Indicators, JointTrainer, LatencyEntry, LatencyTable, Policy
+from limpq_ext import (
+    Costs,
+    Curve,
+    Indicators,
+    JointTrainer,
+    LatencyEntry,
+    LatencyTable,
+    Policy,
+    ScoreCheck,
+)
 from limpq_ext.allocation.budgets import BUDGETS
+from limpq_ext.scores.methods import methods_text
 from limpq_ext.values.costs import LayerCost, LiveTensor
 from limpq_ext.values.interactions import Interactions
 
@@ -60,12 +70,14 @@ def test_a_run_leaves_all_files_and_a_table(finished_run):
         "indicators.json",
         "costs.json",
         "policy.json",
+        "check.json",
         "finetuned.safetensors",
         "metrics.jsonl",
     ):
         assert (out / name).stat().st_size > 0
         assert name in said
-    titles = ("accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)")
+    titles = ("accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)",
+              "KL before tuning")  # fmt: skip
     for word in (*titles, "Seconds"):
         assert word in said
     assert "\x1b" not in said
@@ -91,7 +103,7 @@ def test_a_second_run_reuses_what_did_not_change(finished_run, limpq, tmp_path):
     tuned = (out / "finetuned.safetensors").read_bytes()
     code, said, _ = limpq("run", changed, "--out", out)
     assert code == 0
-    for stage in ("float", "indicators", "profile", "search"):
+    for stage in ("float", "indicators", "profile", "search", "check"):
         assert f"{stage}: nothing it depends on has changed, reused" in said
     assert "finetune: nothing" not in said
     assert (out / "float.safetensors").read_bytes() == weights
@@ -445,6 +457,66 @@ def test_a_curve_is_written_as_json_and_csv(limpq):
     assert "--out: 'curve.json' exists" in error
 
 
+def test_a_run_says_what_the_policy_is_worth_before_fine_tuning(finished_run):
+    _, out, said = finished_run
+    check, policy = ScoreCheck.load(out / "check.json"), Policy.load(out / "policy.json")
+    own = check.optimum("learned")
+    assert [(layer.weight_bits, layer.activation_bits) for layer in policy.layers] == list(
+        zip(own.weight_bits, own.activation_bits, strict=True)
+    )
+    for line in check.text().splitlines():
+        assert f"check: {line}" in said
+    for warning in check.warnings():
+        assert f"warning: before fine-tuning {warning}" in said
+    assert check.uniform is not None
+    for name, loss in (("policy", own.loss), ("uniform", check.uniform.loss)):
+        assert re.search(rf"{name} +│ +{loss:.4f} │", said)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kl"] for line in lines if line["stage"] == "check"] == [
+        policy.loss for policy in check.policies
+    ]
+
+
+def test_scores_are_measured_searched_and_checked(finished_run, limpq):
+    recipe, out, _ = finished_run
+    weights = ("--weights", out / "float.safetensors")
+    for name in ("layerwise", "fisher"):
+        command = ("scores", recipe, *weights, "--method", name, "--batches", 1)
+        code, said, error = limpq(*command, "--out", f"{name}.json")
+        assert code == 0, error
+        assert f"{name}.json: {name} of 8 layers at [2, 3, 4] bits" in said
+        assert Indicators.load(f"{name}.json").meta == {"score": name, "batches": 1}
+        code, _, error = limpq(
+            "search", "--indicators", f"{name}.json", "--costs", out / "costs.json",
+            "--bitops", "w3a3", "--out", f"{name}-policy.json",
+        )  # fmt: skip
+        assert code == 0, error
+    files = ("--scores", "layerwise.json", "--scores", "fisher.json")
+    few = ("--random", 3, "--neighbours", 0, "--batches", 1)
+    code, said, error = limpq(
+        "check-scores", recipe, *weights, *files, *few, "--bitops", "w3a3", "--plot", "check.png"
+    )
+    assert code == 0, error
+    check = ScoreCheck.load("check.json")
+    assert [score.name for score in check.scores] == ["layerwise", "fisher"]
+    assert check.text() in said
+    assert all(f"warning: {warning}" in said for warning in check.warnings())
+    assert Path("check.png").read_bytes().startswith(b"\x89PNG")
+    code, _, error = limpq(
+        "check-scores", recipe, *weights, *files, *few, "--costs", out / "costs.json", "--force"
+    )
+    assert code == 0, error
+    again = ScoreCheck.load("check.json")
+    assert again.policies == check.policies  # the recipe's budget is the same
+    assert again.meta["budgets"].keys() == {"bitops"}
+
+
+def test_the_scores_are_listed(limpq):
+    code, said, _ = limpq("scores", "--list")
+    assert code == 0
+    assert said.strip() == methods_text()
+
+
 def test_the_shipped_recipes_are_listed(limpq):
     code, said, _ = limpq("recipes")
     assert code == 0
@@ -509,7 +581,19 @@ def test_info_tells_the_memory_of_a_models_weight_bank(limpq):
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "recipes", "indicators", "profile", "search", "pareto", "finetune", "evaluate", "info"],
+    [
+        "run",
+        "recipes",
+        "indicators",
+        "scores",
+        "check-scores",
+        "profile",
+        "search",
+        "pareto",
+        "finetune",
+        "evaluate",
+        "info",
+    ],
 )
 def test_help_of_every_command(limpq, command):
     code, said, _ = limpq(command, "--help")
@@ -518,7 +602,7 @@ def test_help_of_every_command(limpq, command):
     assert "--help" in said
 
 
-@pytest.mark.parametrize("command", ["search", "pareto"])
+@pytest.mark.parametrize("command", ["search", "pareto", "check-scores"])
 def test_every_budget_of_the_table_is_an_option(limpq, command):
     _, said, _ = limpq(command, "--help")
     for name in BUDGETS:
@@ -668,6 +752,29 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         (("run", "model.yaml"), "unknown model 'resnet19'"),
         (("run", "data.yaml"), "unknown data set 'imagenet22k'"),
         (("indicators", "--out", "i.json"), "--weights is missing"),
+        (
+            ("scores", "--weights", "w.pt", "--out", "i.json"),
+            "--method is missing: one of `limpq scores --list`",
+        ),
+        (("scores", "--method", "fisher", "--out", "i.json"), "--weights is missing"),
+        (
+            ("scores", "--method", "magic", "--out", "i.json"),
+            "scores.method: there is no score 'magic'",
+        ),
+        (("scores", "--method", "fisher", "--out", "out.json"), "'out.json' exists"),
+        (("check-scores", "--weights", "w.pt", "--scores", "nan.json"), "nan.json: "),
+        (
+            (
+                "check-scores",
+                "--weights",
+                "w.pt",
+                "--scores",
+                "indicators.json",
+                "--scores",
+                "indicators.json",
+            ),
+            "two files of --scores have one name",
+        ),
         (("run", "--set", "finetune.epoch=3"), "command line: finetune.epoch: unknown key"),
         (("run", "--data", "none", "--set", "data.name=imagenet"), "'none' is not a folder"),
         (("run", "--recipe", "resnet18-imagenet"), "data.root is missing: imagenet is read"),

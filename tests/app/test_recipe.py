@@ -184,6 +184,15 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
             "^recipe: finetune.calibrate is correct, but with finetune.init joint there is nothing",
         ),
         (
+            {"finetune": {"epochs": 1, "lr": 1, "init": "joint"}, "scores": {"method": "fisher"}},
+            "^recipe: finetune.init is joint, but with scores.method fisher there is no joint",
+        ),
+        ({"scores": {"method": "magic"}}, "recipe: scores.method: .*there is no score 'magic'"),
+        ({"scores": {"candidates": ["auto"]}}, "recipe: scores.candidates: .*no score 'auto'"),
+        ({"scores": {"candidates": []}}, "recipe: scores.candidates: .*nothing to choose from"),
+        ({"check": {"random": 2}}, "recipe: check.random: .*expected 0, or 3 or more"),
+        ({"refine": {"seconds": 0}}, "recipe: refine.seconds: .*greater than 0"),
+        (
             {"finetune": {"epochs": 1, "lr": 1, "calibrate": "always"}},
             "recipe: finetune.calibrate: .*'correct', 'reestimate' or 'off'",
         ),

@@ -1,10 +1,12 @@
 """The folder of a run: what is reused, what is refused, and that nothing of others is lost."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,13 @@ pytest.importorskip("typer")
 import torch
 import yaml
 
-from limpq_ext import Costs, Policy
+from limpq_ext import Costs, Indicators, Policy, ScoreCheck
 from limpq_ext.allocation.budgets import in_words
 from limpq_ext.app import locks as exclusive
+from limpq_ext.app import scoring
 from limpq_ext.app.locks import only_one
+from limpq_ext.scores import methods
+from limpq_ext.scores.methods import METHODS
 
 SMALL = {
     "model": {"name": "cifar_resnet", "options": {"blocks": 1, "width": 4}},
@@ -28,7 +33,7 @@ SMALL = {
     "joint": {"epochs": 1, "lr": 0.01, "batch_size": 256},
     "finetune": {"epochs": 1, "lr": 0.02, "batch_size": 256},
 }
-STAGES = ("float", "indicators", "profile", "search", "finetune", "baseline")
+STAGES = ("float", "indicators", "profile", "search", "check", "finetune", "baseline")
 NET = """
 from torch import nn
 
@@ -48,7 +53,7 @@ def write_recipe(path, **changes):
 
 
 def reused(said):
-    return {stage for stage in STAGES if f"{stage}: nothing it depends on has changed" in said}
+    return set(re.findall("^([a-z]+): nothing it depends on has changed", said, re.MULTILINE))
 
 
 def content(folder):
@@ -398,6 +403,81 @@ def test_a_run_says_what_each_budget_allows_and_what_is_used(copied, limpq):
     for budget in policy.budgets:
         limit = in_words(budget.name, budget.limit)
         assert f"search: {budget.name} limit {limit}, used " in said
+
+
+def test_a_policy_of_scores_needs_no_joint_training_and_can_be_refined(copied, limpq):
+    recipe, out = copied
+    for name in ("indicators.json", "joint.safetensors"):
+        (out / name).unlink()
+    wanted = ("--set", "scores.method=fisher", "--set", "refine.steps=3")
+    code, said, error = limpq("run", recipe, "--out", out, *wanted)
+    assert code == 0, error
+    assert not (out / "indicators.json").exists()
+    assert Indicators.load(out / "scores.json").meta["score"] == "fisher"
+    found, refined = (Policy.load(out / f"{name}.json") for name in ("policy", "refined"))
+    told = refined.meta["refined"]
+    assert len(told["record"]) <= 3
+    assert told["after"] <= told["before"]
+    assert f"KL {told['before']:.4g} -> {told['after']:.4g}, on other images " in said
+    assert [budget.name for budget in refined.budgets] == [b.name for b in found.budgets]
+    assert all(budget.kept for budget in refined.budgets)
+    code, _, error = limpq(
+        "evaluate", recipe, "--policy", out / "refined.json",
+        "--weights", out / "finetuned.safetensors",
+    )  # fmt: skip
+    assert code == 0, error
+    _, said, _ = limpq("run", recipe, "--out", out, *wanted)
+    stages = {"float", "profile", "scores", "search", "check", "refine", "finetune", "baseline"}
+    assert reused(said) == stages
+    _, said, _ = limpq("run", recipe, "--out", out, *wanted, "--set", "scores.batches=2")
+    assert "scores" not in reused(said)
+    assert {"float", "profile", "baseline"} <= reused(said)
+
+
+def test_auto_takes_the_score_whose_optimum_loses_least(copied, limpq, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("not for this network")
+
+    refusing = replace(METHODS["fisher"], function=refuse)
+    table = {"layerwise": METHODS["layerwise"], "fisher": METHODS["fisher"], "refused": refusing}
+    monkeypatch.setattr(methods, "METHODS", table)
+    monkeypatch.setattr(scoring, "METHODS", table)
+    recipe, out = copied
+    code, said, error = limpq("run", recipe, "--out", out, "--set", "scores.method=auto")
+    assert code == 0, error
+    assert "scores: refused is left out: not for this network" in said
+    found = Indicators.load(out / "scores.json").meta
+    losses = found["chosen_from"]
+    assert set(losses) == {"layerwise", "fisher"}
+    assert losses[found["score"]] == min(losses.values())
+    code, _, error = limpq("run", recipe, "--out", out, "--set", "scores.method=auto",
+                           "--set", "scores.candidates=[refused]")  # fmt: skip
+    assert code == 2
+    assert "scores: refused is left out: not for this network" in error
+
+
+def test_the_check_is_made_again_where_it_changes_and_no_other_stage_is(copied, limpq):
+    recipe, out = copied
+    code, said, error = limpq("run", recipe, "--out", out, "--set", "check.random=3")
+    assert code == 0, error
+    assert reused(said) == set(STAGES) - {"check"}
+    assert len(ScoreCheck.load(out / "check.json").random) == 3
+    code, said, _ = limpq("run", recipe, "--out", out, "--set", "check.random=0")
+    assert code == 0
+    assert "check" not in reused(said)
+    assert "KL before tuning" not in said
+
+
+def test_a_run_goes_on_where_its_policy_cannot_be_compared(copied, limpq):
+    recipe, out = copied
+    code, said, error = limpq("run", recipe, "--out", out, "--set", "search.bitops=w2a2")
+    assert code == 0, error
+    assert "check: left out: random policies cannot spread under bitops" in said
+    assert "KL before tuning" not in said
+    code, said, error = limpq("run", recipe, "--out", out, "--set", "search.bitops=null")
+    assert code == 0, error
+    assert "search: no budget limits the policy" in said
+    assert "check" not in reused(said)
 
 
 def test_the_seed_of_the_data_belongs_to_what_it_chooses(finished, limpq):

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from limpq_ext.values.costs import Costs
     from limpq_ext.values.indicators import Indicators
 
-_KEYS = {"data": "data.root", "data_fraction": "data.fraction", "epochs": "joint.epochs"}
+_KEYS = {
+    "data": "data.root",
+    "data_fraction": "data.fraction",
+    "epochs": "joint.epochs",
+    "method": "scores.method",
+    "batches": "scores.batches",
+    "check_batches": "check.batches",
+}
 """The key of the recipe that an option sets, where it is not the option's name."""
 
 

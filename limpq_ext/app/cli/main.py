@@ -14,6 +14,7 @@ from limpq_ext.app.cli.info import info
 from limpq_ext.app.cli.output import is_first, say
 from limpq_ext.app.cli.profile import profile
 from limpq_ext.app.cli.run import recipes, run
+from limpq_ext.app.cli.scores import check_scores, scores
 from limpq_ext.app.cli.search import pareto, search
 from limpq_ext.training.signals import Interrupted, MainProcessError
 from limpq_ext.values.optional import require
@@ -31,7 +32,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (run, recipes, indicators, profile, search, pareto, finetune, evaluate, info):
+for command in (
+    run,
+    recipes,
+    indicators,
+    scores,
+    check_scores,
+    profile,
+    search,
+    pareto,
+    finetune,
+    evaluate,
+    info,
+):
     app.command()(command)
 
 

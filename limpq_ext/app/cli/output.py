@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from limpq_ext.allocation.budgets import in_words
 from limpq_ext.values.optional import require
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from limpq_ext.training.loop import Recording, StepDone
     from limpq_ext.values.costs import Costs
     from limpq_ext.values.policy import Policy
+
+
+_FILE_COLUMNS: Final = 120
+"""Of tables that are not printed to a terminal."""
 
 
 def say(text: str = "", *, file: TextIO | None = None) -> None:
@@ -143,12 +147,17 @@ def print_report(report: RunReport) -> None:
         require("rich.table", "cli").Table,
     )
     results = table_class(title="Results on the test set")
-    titles = ("network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)")
+    checked = any(result.untrained is not None for result in report.results)
+    titles = ["network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)"]
+    if checked:
+        titles.insert(1, "KL before tuning")
     for title in titles:
         results.add_column(title, justify="left" if title == "network" else "right")
     for result in report.results:
+        untrained = "" if result.untrained is None else f"{result.untrained:.4f}"
         results.add_row(
             result.name,
+            *([untrained] if checked else []),
             f"{100 * result.accuracy:.2f}",
             f"{result.bitops / 1e9:.4f}",
             f"{result.size_bytes / 1e3:.1f}",
@@ -161,8 +170,10 @@ def print_report(report: RunReport) -> None:
     stages.add_column("")
     for name, seconds in report.seconds.items():
         stages.add_row(name, f"{seconds:.1f}", "reused" if name in report.reused else "")
-    out = console(file=sys.stdout)
+    out = console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
     out.print(results)
+    for warning in report.warnings:
+        say(f"warning: before fine-tuning {warning}")
     out.print(stages)
     say(f"files: {report.folder.resolve()}")
     for path in sorted(report.folder.iterdir()):

@@ -47,7 +47,7 @@ def run(
     ] = None,
     allow_code: AllowCodeOption = False,
 ) -> None:
-    """Run the whole pipeline: float training, indicators, search, fine-tuning, evaluation.
+    """Run the whole pipeline: float training, indicators, search, check, fine-tuning, evaluation.
 
     A second run into the same folder reuses every stage whose inputs did not change, and goes on
     with one that was interrupted. torchrun -m limpq_ext run ... runs it in several processes.
