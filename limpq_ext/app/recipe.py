@@ -167,11 +167,11 @@ class ScoresSection(_Section):
 
     method: str = Field(
         LEARNED,
-        description="learned: joint training; else a score of `limpq scores --list`, without any;"
-        " auto: the one whose optimum loses least on this network",
+        description="learned: the joint training of section joint; else a score of `limpq scores"
+        " --list`, in its place; auto: the one whose optimum loses least on this network",
     )
     candidates: tuple[str, ...] | None = Field(
-        None, description="what auto chooses from; null: all scores that need no training"
+        None, description="what auto chooses from; null: all of `limpq scores --list`"
     )
     batches: int = Field(4, ge=1)
     batch_size: int = Field(64, ge=1)

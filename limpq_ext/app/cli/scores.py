@@ -72,7 +72,7 @@ def scores(
     from limpq_ext.app.session import Session, choose_device
     from limpq_ext.training.distributed import process_group
 
-    if given.scores.method == LEARNED:
+    if method is None and given.scores.method == LEARNED:
         raise ValueError(
             "--method is missing: one of `limpq scores --list`, or auto (learned indicators are"
             " trained by `limpq indicators`)"

@@ -1,0 +1,56 @@
+"""What is measured of networks that are not trained, and on which images."""
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("sklearn")
+
+from limpq_ext import scores
+from limpq_ext.app import scoring
+from limpq_ext.app.recipe import make_recipe
+from limpq_ext.app.session import Session
+from limpq_ext.app.trainings import first_batches
+
+
+def session(**content):
+    model = {"name": "cifar_resnet", "options": {"blocks": 1, "width": 4}}
+    part = {"batches": 2, "batch_size": 32, "method": "fisher"}
+    return Session(
+        make_recipe({"model": model, "bits": [2, 4], "device": "cpu", **content, "scores": part})
+    )
+
+
+def test_scores_are_those_of_the_recipes_network_on_its_first_images():
+    own = session(quantization={"per_channel_weights": True, "scale_start": "max"})
+    model = own.create_model()
+    found = scoring.measure_scores(own, model, print, own.profile())
+    expected = scores.fisher(
+        model, first_batches(own, 32, 2, 0), (2, 4), per_channel_weights=True, scale_start="max"
+    )
+    assert found == expected
+
+
+def test_where_step_sizes_begin_as_lsqs_do_what_is_not_trained_begins_at_the_least_error():
+    own = session(quantization={"scale_start": "lsq"})
+    assert scoring.measuring(own)["scale_start"] == "mse"
+    model = own.create_model()
+    found = scoring.measure_scores(own, model, print, own.profile())
+    assert found == scores.fisher(model, first_batches(own, 32, 2, 0), (2, 4))
+
+
+def test_policies_are_checked_on_other_batches_than_scores_are_measured_on():
+    own = session(check={"batches": 3})
+    ours, others = first_batches(own, 32, 2, 0), scoring.other_batches(own)
+    assert [len(target) for _, target in ours] == [32, 32]
+    assert [len(target) for _, target in others] == [32, 32, 32]
+    assert not any(torch.equal(x, y) for x, _ in ours for y, _ in others)
+
+
+def test_a_check_that_cannot_be_made_says_why():
+    own = session(search={"bitops": "w2a2"})
+    model, costs = own.create_model(), own.profile()
+    found = scoring.measure_scores(own, model, print, costs)
+    reason = scoring.check_policy(own, model, found, costs, lambda done, total: None)
+    assert isinstance(reason, str)
+    assert reason.startswith("random policies cannot spread under bitops")
