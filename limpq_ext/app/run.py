@@ -90,10 +90,10 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     _say_skipped(session.data, reporter)
 
     # What the stages depend on: parts of the recipe, and files beside those of the run.
-    weights, asked = recipe.model.weights, recipe.search
+    weights = recipe.model.weights
     given = [] if weights is None or is_published(weights) else [str(Path(weights).resolve())]
-    read = [path for path in (asked.latency_table, asked.interactions) if path is not None]
-    measured = [str(Path(path).resolve()) for path in read]
+    read = (recipe.search.latency_table, recipe.search.interactions)
+    measured = [str(Path(path).resolve()) for path in read if path is not None]
     training = part["float_training"] if weights is None else None
     quantized = [common, part["quantization"]]
     images = session.fraction_key()

@@ -13,9 +13,9 @@ else is possible. So the objective may be any, convex or not, and the matrix of 
 be made positive semi-definite, as CLADO (arXiv 2307.05657) does for its solver.
 
 Where few groups are connected, such as the layers of a block, one group stands for all of their
-combinations, which is tighter still. The relaxation of the rows in `limpq_ext.ilp.program` then keeps the products, and its
-sweeps prove the answer in whole numbers. Where more are connected, as in a chain, each product has
-a group of its own, and HiGHS proves the answer up to its tolerance.
+combinations, which is tighter still. The relaxation of the rows in `limpq_ext.ilp.program` then
+keeps the products, and its sweeps prove the answer in whole numbers. Where more are connected, as
+in a chain, each product has a group of its own, and HiGHS proves the answer up to its tolerance.
 """
 
 from __future__ import annotations

@@ -1,21 +1,13 @@
-"""What bits are worth to every layer, as `Indicators` that a search takes.
+"""What bits are worth to every layer, as `Indicators` that a search takes, and whether it is true.
 
-`one_at_a_time`, `second_order`, `traces` and `statistics` measure a float network on a few batches;
-`subject` is the network that they switch quantizers on in. Imports training, conversion, nn and
-values. Begin with `one_at_a_time`, the plainest.
-`second_order` and `one_at_a_time` each have a score, measured on a float network and a few batches;
-`methods` lists them; `subject` is the network that they switch quantizers on in. `measure` measures
-policies, `check` says by it what scores are worth, and `refine` betters a policy. Imports
-allocation, training, conversion, nn and values. Begin with `one_at_a_time`, the plainest.
+`one_at_a_time`, `second_order`, `traces`, `statistics`, `relevance` and `learned` have the scores,
+which `methods` lists; `subject` is the network that they switch quantizers on in. `measure` says
+what a policy loses, `check` by it what scores are worth, `refine` betters a policy. Imports joint,
+allocation, training and what is below. Begin with `one_at_a_time`, the plainest.
 """
 
 from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis
 from limpq_ext.scores.analysis import analyse as analyse
-`second_order` and `one_at_a_time` each have a score, measured on a float network and a few batches;
-`subject` is the network that they switch quantizers on in. `learned` is LIMPQ's joint training.
-Imports joint, training, conversion, nn and values. Begin with `one_at_a_time`, the plainest.
-"""
-
 from limpq_ext.scores.learned import learned as learned
 from limpq_ext.scores.learned import learned_by as learned_by
 from limpq_ext.scores.one_at_a_time import layerwise as layerwise

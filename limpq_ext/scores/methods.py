@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from limpq_ext.scores.one_at_a_time import layerwise
-from limpq_ext.scores.second_order import fisher
+from limpq_ext.scores.relevance import relevance, relevance_sensitivity
+from limpq_ext.scores.second_order import fisher, gradient
+from limpq_ext.scores.statistics import activation_variance, weight_error
+from limpq_ext.scores.traces import hessian, lampq
 from limpq_ext.values.indicators import Indicators
 
 
@@ -30,7 +33,10 @@ class Method:
 
 METHODS: Final[Mapping[str, Method]] = {
     "layerwise": Method(
-        layerwise, "arXiv 2012.08420, 2001.00281", "forwards", "1 + 2 x layers x bits forwards"
+        layerwise,
+        "arXiv 2012.08420, 2001.00281",
+        "forwards",
+        "2 x layers x bits forwards from the layer on",
     ),
     "fisher": Method(
         fisher,
@@ -38,6 +44,40 @@ METHODS: Final[Mapping[str, Method]] = {
         "targets, gradients",
         "1 forward and backward, 2 x bits forwards of the layers",
     ),
+    "gradient": Method(
+        gradient,
+        "NVIDIA Model Optimizer",
+        "targets, gradients",
+        "1 forward and backward, 2 x bits forwards of the layers",
+    ),
+    "hessian": Method(
+        hessian,
+        "arXiv 1911.03852",
+        "targets, gradients",
+        "1 forward and backward, 8 backwards of second order",
+    ),
+    "lampq": Method(
+        lampq,
+        "after arXiv 2511.10004",
+        "targets, gradients",
+        "1 forward and backward of each sample, 6 forwards for each type",
+    ),
+    "relevance": Method(
+        relevance,
+        "after arXiv 2401.11243",
+        "forwards",
+        "1 forward and a way back of 3 to 10 forwards",
+    ),
+    "relevance_sensitivity": Method(
+        relevance_sensitivity,
+        "after arXiv 2501.06357",
+        "forwards",
+        "what relevance takes, 2 x layers x bits forwards",
+    ),
+    "activation_variance": Method(
+        activation_variance, "after NNCF", "forwards", "1 forward, 1 for the step sizes"
+    ),
+    "weight_error": Method(weight_error, "", "forwards", "1 forward, 1 for the step sizes"),
 }
 """All of them, by the names that they have in :mod:`limpq_ext.scores`."""
 
