@@ -39,7 +39,7 @@ def learned(
     *,
     kind: LearnedKind = "loss_aware",
     steps: int = 40,
-    lr: float = 0.01,
+    lr: float | None = None,
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     seed: int = 0,
     scale_start: ScaleStart = "mse",
@@ -60,7 +60,8 @@ def learned(
             "loss_aware" (ours): what the errors at each bit-width add to the loss of the branch at
             the highest one, see :meth:`JointTrainer.sensitivities`.
         steps: Joint steps. The first one gives step sizes their start, and measures nothing.
-        lr: Learning rate.
+        lr: Learning rate; None: 0.01, and 0.001 for "loss_aware", which so stays near the float
+            network.
         loss_fn: ``loss_fn(output, target)``, for "loss_aware" the mean over the samples of a batch.
         seed: Of the bits of the random branch.
         scale_start: Where step sizes begin, as for :func:`limpq_ext.prepare`.
@@ -89,7 +90,7 @@ def learned(
     ).requires_grad_(True)
     trainer = JointTrainer(
         prepared,
-        make_optimizer(prepared, lr=lr),
+        make_optimizer(prepared, lr=_rate(kind) if lr is None else lr),
         loss_fn,
         seed=seed,
         sensitivity_every=int(kind == "loss_aware"),
@@ -123,6 +124,10 @@ def learned_by(
         indicators = _normalised(indicators, trainer.model, batches)
     meta = {**indicators.meta, "score": "learned", "kind": kind}
     return dataclasses.replace(indicators, meta=meta)
+
+
+def _rate(kind: LearnedKind) -> float:
+    return 0.001 if kind == "loss_aware" else 0.01
 
 
 def _check_kind(kind: str) -> None:
