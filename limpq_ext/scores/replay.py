@@ -120,7 +120,7 @@ class Replay:
             self._proven_order = self._order
             expected = seen[-1].returned
             for layer in self.in_order(layers):
-                output = tree_leaves(self.run(layer))
+                output = tree_leaves(self._from(self._begin(layer)))
                 if len(output) == len(expected) and all(map(_alike, output, expected)):
                     self._proven.add(layer)
             if last > 0:
@@ -179,11 +179,13 @@ class Replay:
         """
         proven = layer in self._proven and not self._changes_itself and not self._unlike()
         begin = 0 if layer is None or not proven else self._begin(layer)
+        return self._from(begin, copies=copies, treated=True)
+
+    def _from(self, begin: int, **how: Any) -> Any:
+        """A forward that begins at a call, or in full where later ones were begun at before."""
         if begin > self._advanced:
             self._advance(begin)
-        return self._forward(
-            copies=copies, treated=True, replayed_until=begin if begin == self._advanced else 0
-        )
+        return self._forward(replayed_until=begin if begin == self._advanced else 0, **how)
 
     def _advance(self, begin: int) -> None:
         """Have what ended before a call begins, and nothing that lies within another of these."""

@@ -78,6 +78,40 @@ class Blocks(nn.Module):
         return self.blocks(x.reshape(-1, 3, 2, 2)).flatten(1)
 
 
+class Shelf:
+    """What modules cannot be seen to hold."""
+
+    def __init__(self):
+        self.held = []
+
+
+class Shelving(nn.Module):
+    def __init__(self, shelf):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.shelf = shelf
+
+    def forward(self, x):
+        x = self.linear(x)
+        self.shelf.held.append(x)
+        return x + 1
+
+
+class Shelved(nn.Module):
+    """Modules leave to others what does not pass through the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.shelf = Shelf()
+        self.first, self.second = Shelving(self.shelf), Shelving(self.shelf)
+        self.head = nn.Linear(12, 12)
+
+    def forward(self, x):
+        self.shelf.held.clear()
+        x = self.head(self.second(self.first(x)))
+        return x + sum(self.shelf.held)
+
+
 class Normed(nn.Module):
     """The weight is computed anew in every forward, by a hook that keeps it."""
 
@@ -104,7 +138,7 @@ def doubled(forward, args, kwargs):
     return 2 * forward(*args, **kwargs)
 
 
-NETWORKS = [Aliased, Noted, Catching, Blocks, Normed, Twice, Residual]
+NETWORKS = [Aliased, Noted, Catching, Blocks, Shelved, Normed, Twice, Residual]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
