@@ -101,14 +101,10 @@ class OutputCorrection:
     Args:
         subject: The network.
         calls: Of its forward of the batch in float.
-        samples: In the batch.
-
-    Raises:
-        ValueError: A layer's output does not begin with the samples.
     """
 
-    def __init__(self, subject: Subject, calls: Calls, samples: int) -> None:
-        self._subject, self._samples = subject, samples
+    def __init__(self, subject: Subject, calls: Calls) -> None:
+        self._subject = subject
         self._kinds = corrections(subject, calls)
         self._own = {
             name: self._moments(name, calls.of[name][0].output)
@@ -142,7 +138,7 @@ class OutputCorrection:
 
     def _moments(self, name: str, output: Tensor) -> Moments:
         moments = Moments()
-        moments.add(by_channel(name, self._subject.layers[name], output, self._samples))
+        moments.add(by_channel(name, self._subject.layers[name], output, samples=1))
         return moments
 
 

@@ -26,6 +26,7 @@ from limpq_ext.scores.squared_errors import SquaredErrors
 from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.indicators import Indicators, Kind
+from limpq_ext.values.reading import first_line
 
 Tensors = dict[tuple[str, Kind], list[Tensor]]
 """The weights, and the inputs call by call, of layers."""
@@ -73,7 +74,8 @@ def hessian(
 
     Raises:
         ValueError: There are no probes or no batches, the targets are no classes, the output is no
-            table of scores, a score is not finite, or the model cannot be prepared.
+            table of scores, the network cannot be differentiated twice, a score is not finite, or
+            the model cannot be prepared.
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}, expected 1 or more")
@@ -87,7 +89,14 @@ def hessian(
         with Calls(subject) as calls, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = loss_of(subject, x, target)
             tensors = _tensors(subject, calls)
-            _add_hessian_traces(traces, loss, tensors, probes, generator)
+            try:
+                _add_hessian_traces(traces, loss, tensors, probes, generator)
+            except RuntimeError as error:
+                if "is not implemented" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{type(model).__name__} cannot be differentiated twice: {first_line(error)}"
+                ) from error
         for name in subject.layers:
             elements[name] += sum(value.numel() for value in tensors[name, "activation"])
             errors.add_inputs(name, calls.of[name])
@@ -149,8 +158,8 @@ def lampq(
 
     Raises:
         ValueError: ``gamma`` is not above 1, no layers are sampled, there are no batches, the
-            targets are no classes, the output is no table of scores, a layer's output does not
-            begin with the samples, a score is not finite, or the model cannot be prepared.
+            targets are no classes, the output is no table of scores, a score is not finite, or the
+            model cannot be prepared.
     """
     if not gamma > 1:
         raise ValueError(f"gamma is {gamma}, expected more than 1")
@@ -297,7 +306,7 @@ class _Lost:
             checked_classes(target, scores)
             self._references.append(scores)
             if correct:
-                self._corrections.append(OutputCorrection(subject, calls, len(target)))
+                self._corrections.append(OutputCorrection(subject, calls))
 
     @torch.no_grad()
     def at(self, name: str, kind: Kind, width: int) -> float:

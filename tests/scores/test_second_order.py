@@ -163,7 +163,7 @@ def test_the_corrected_output_is_what_a_corrected_norm_makes_of_it(kind):
     subject = Subject(model, data, BITS)
     with torch.no_grad(), Calls(subject) as calls:
         subject.network(x)
-    correction = OutputCorrection(subject, calls, len(x))
+    correction = OutputCorrection(subject, calls)
     with torch.no_grad(), subject.quantized("conv", kind, 2):
         plain = subject.network(x)
         with correction.of("conv"):

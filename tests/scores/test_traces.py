@@ -235,3 +235,24 @@ def test_a_type_without_gradients_scores_nothing():
 def test_options_out_of_range_are_refused(score, option, message):
     with pytest.raises(ValueError, match=message):
         score(classifier(), image_batches(), BITS, **option)
+
+
+def test_a_network_that_cannot_be_differentiated_twice_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Hardsigmoid(), nn.Linear(3, 3), nn.Linear(3, 3))
+    data = [(torch.randn(4, 3), torch.arange(4) % 3)]
+    with pytest.raises(ValueError, match="Sequential cannot be differentiated twice: derivative"):
+        lq.scores.hessian(model, data, BITS, fixed=["3"])
+
+
+def test_lampq_takes_a_layer_whose_output_has_no_samples():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.joined, self.head = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x):
+            return self.head(x + self.joined(self.first(x[:1] * 0 + 1)))
+
+    torch.manual_seed(0)
+    [layer] = lq.scores.lampq(Joined(), [(torch.randn(5, 3), torch.arange(5) % 3)], BITS).layers
+    assert layer.weight[2] >= layer.weight[4]
