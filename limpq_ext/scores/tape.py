@@ -133,6 +133,7 @@ class Tape(TorchDispatchMode):
                 stack.callback(module.register_forward_hook(self._leave).remove)
             for name, module in self._watched.items():
                 stack.callback(module.register_forward_hook(self._pass(name)).remove)
+            stack.callback(self._kept.clear)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(self)
             yield self
@@ -164,7 +165,7 @@ class Tape(TorchDispatchMode):
         arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         arguments |= kwargs
         written = _written(func, arguments)
-        name = func._schema.name.partition("::")[2]
+        name = func._schema.name.removeprefix("aten::")  # others keep their namespace
         name = name.removesuffix("_") if written else name
         if name not in self._needs:
             with self:

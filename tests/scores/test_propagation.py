@@ -1,5 +1,7 @@
 """Rules of relevance against plain formulas in float64, and that relevance is kept."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -400,6 +402,40 @@ def test_samples_do_not_know_of_each_other():
         torch.testing.assert_close(at_all[sample : sample + 1], at_one)
 
 
+def test_a_network_of_16_bits_is_computed_with_in_32():
+    model, x = residual(), normal(3, 2, 5, 5)
+    (expected,), _ = propagated(model, x)
+    (at_input,), _ = propagated(model.bfloat16(), x.bfloat16(), start=lambda y: ones(y.float()))
+    assert at_input.dtype == torch.float32
+    assert (at_input - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_network_on_channels_last_is_propagated_alike():
+    model, x = residual(), normal(3, 2, 5, 5)
+    (expected,), _ = propagated(model, x)
+    model = model.to(memory_format=torch.channels_last)
+    (at_input,), _ = propagated(model, x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(at_input, expected)
+
+
+def test_what_a_forward_computed_is_let_go_on_the_way_back():
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(4)))
+    alive = []
+    handles = [
+        layer.register_forward_hook(lambda m, i, y: alive.append(weakref.ref(y.untyped_storage())))
+        for layer in model
+    ]
+    living = []
+
+    def visit(name, relevance):
+        living.append([int(name), sum(reference() is not None for reference in alive[:-1])])
+
+    propagate(model, layers_of(model), torch.randn(2, 8, 9, 9), torch.ones_like, visit)
+    for handle in handles:
+        handle.remove()
+    assert living == [[3, 3], [2, 2], [1, 1], [0, 0]]
+
+
 def test_a_layer_that_runs_twice_is_seen_twice():
     torch.manual_seed(0)
     layer = nn.Linear(4, 4).double()
@@ -432,6 +468,11 @@ def test_inputs_of_a_batch_come_in_a_tuple_or_by_name_and_are_left_as_they_are()
     assert len(propagated(named, {"first": x, "second": y})[0]) == 2
 
 
+@torch.library.custom_op("tests_of_relevance::mul", mutates_args=())
+def own_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * y * y
+
+
 @pytest.mark.parametrize(
     ("function", "operator"),
     [
@@ -439,6 +480,7 @@ def test_inputs_of_a_batch_come_in_a_tuple_or_by_name_and_are_left_as_they_are()
         (lambda x: torch.fft.rfft(x).real, "aten.view_as_real"),
         (lambda x: x.view(torch.int64).view(torch.float64), "aten.view"),
         (lambda x: x.var(1), "aten.var"),
+        (lambda x: own_product(x, x), "tests_of_relevance.mul"),
         (lambda x: torch.atan2(x, x), "aten.atan2"),
         (lambda x: torch.ops.aten.native_layer_norm(x, [3], None, None, 0.1)[1], "aten.native_lay"),
     ],

@@ -121,7 +121,7 @@ def by_name(indicators):
 
 def test_relevance_is_the_share_of_the_layers_outputs_times_a_power_of_four():
     shares = importance(batches())
-    found = lq.scores.relevance(network(), batches(), BITS)
+    found = lq.scores.relevance(network(), [(x, t.int()) for x, t in batches()], BITS)
     for name, layer in by_name(found).items():
         for bits in BITS:
             assert layer.weight[bits] == pytest.approx(shares[name] / 4**bits, rel=1e-9)
@@ -209,7 +209,8 @@ def test_sensitivity_is_the_divergence_with_all_others_at_the_base(base, correct
 def test_a_number_mixes_the_two_by_their_means():
     model, data = network(), batches()
     relevance = lq.scores.relevance(model, data, BITS, error="measured").normalised()
-    product = lq.scores.relevance_sensitivity(model, data, BITS)
+    options = {"correct": False}  # is fast
+    product = lq.scores.relevance_sensitivity(model, data, BITS, **options)
     shares = importance(data)
     alone = lq.Indicators.from_table(
         *(
@@ -221,7 +222,8 @@ def test_a_number_mixes_the_two_by_their_means():
         )
     ).normalised()
     for mix in (0, 0.25, 1):
-        found = lq.scores.relevance_sensitivity(model, data, BITS, mix=mix, error="measured")
+        options |= {"mix": mix, "error": "measured"}
+        found = lq.scores.relevance_sensitivity(model, data, BITS, **options)
         assert found.meta["mix"] == mix
         assert found.meta["error"] == "measured"
         for mixed, one, other in zip(found.layers, relevance.layers, alone.layers, strict=True):
