@@ -91,9 +91,9 @@ def propagate(
     with tape.running():
         begins = [tape.begin(leaf) for leaf in leaves]
         output = call(network, inputs)
-        end = tape.value(output)
     carried = Carried()
-    carried.add(end, start(output))
+    begun = start(output)
+    carried.add(tape.value(output), begun)
     while tape.events:
         event = tape.events.pop()
         if isinstance(event, Call):

@@ -177,7 +177,9 @@ def _importance(subject: Subject) -> dict[str, float]:
     amounts = {name: float(sums.get(name, 0.0)) for name in subject.layers}
     total = sum(amounts.values())
     if not total:
-        raise ValueError("no layer gets any relevance: the scores that it begins at are 0")
+        raise ValueError(
+            "no layer gets any relevance: the scores that it begins at are 0, or come from no layer"
+        )
     return {name: amount / total for name, amount in amounts.items()}
 
 

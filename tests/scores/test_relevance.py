@@ -341,6 +341,14 @@ def one_class(output):
     return output[:, :1]
 
 
+def a_pair(output):
+    return output, output
+
+
+def unmoved(output):
+    return torch.ones_like(output)
+
+
 def not_a_number(output):
     return output * torch.nan
 
@@ -358,6 +366,8 @@ def adding_up(output):
     ("function", "message"),
     [
         (one_class, r"the model puts out \(5, 1\), expected scores \[batch, classes\] of 2 or"),
+        (a_pair, "the model puts out tuple, expected scores"),
+        (unmoved, "no layer gets any relevance: .* or come from no layer"),
         (not_a_number, "the model puts out a NaN or an infinity"),
         (nothing, "no layer gets any relevance: the scores that it begins at are 0"),
         (adding_up, r"no rule for aten.cumsum, which the model itself \(Ending\) runs"),
