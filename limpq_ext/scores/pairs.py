@@ -6,10 +6,9 @@ layers' weights, measured by forwards alone:
 
     L(both quantized) - L(one) - L(other) + L(none).
 
-Its objective counts half of each diagonal term and both halves of the matrix; here a pair stands
-once, beside the indicators, which is the same sum. What is ours: the pairs are those within a block
-by default, where cross terms are largest and the search proves its answer fastest; activations are
-an option; and the matrix is not made positive semi-definite, which an exact search does not need.
+Here each pair stands once, beside the indicators. What is ours: the pairs are those within a block
+by default, which are few and with which the search proves its answer fastest; activations are an
+option; and the matrix is not made positive semi-definite, which an exact search does not need.
 """
 
 from __future__ import annotations
