@@ -216,8 +216,10 @@ class JointTrainer:
             self._start_weights()
         self.optimizer.zero_grad(set_to_none=True)
         draw = self.draw(self.steps)
-        captures = self.cuda_graph and not self._measures()
-        captured = self._capture(x, target, draw) if captures else None
+        captured = None
+        if self.cuda_graph:
+            self._runner.set_selection(draw)
+            captured = None if self._measures() else self._capture(x, target, draw)
         if captured is not None:
             losses, outputs = captured.replay(x, target)
             x, target = captured.inputs
@@ -375,7 +377,6 @@ class JointTrainer:
 
     def _capture(self, x: Tensor, target: Tensor, draw: Bits) -> Captured[LossesAndOutputs] | None:
         """All branches of a step as one CUDA graph, once there is one and where it fits."""
-        self._runner.set_selection(draw)
         if self._captured is None and self._eager_steps >= STEPS_BEFORE_CAPTURE:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
 

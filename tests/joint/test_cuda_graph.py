@@ -150,6 +150,22 @@ def test_replays_take_new_batches_draws_and_learning_rates(optimizer, fused):
 
 
 @pytest.mark.usefixtures("on_host")
+def test_a_step_that_measures_sensitivities_runs_beside_the_graph():
+    captured, plain = (trainer_of(graphed, sensitivity_every=2) for graphed in (True, False))
+    for step, batch in enumerate(batches(8)):
+        ours, reference = captured.step(*batch), plain.step(*batch)
+        for branch, loss in ours.losses.items():
+            torch.testing.assert_close(loss, reference.losses[branch], msg=f"{step} {branch}")
+    assert captured._captured is not None
+    assert_same_state(captured, plain)
+    ours, reference = captured.sensitivities(), plain.sensitivities()
+    assert ours.meta["measured_steps"] == 4
+    for layer, other in zip(ours.layers, reference.layers, strict=True):
+        assert layer.weight == pytest.approx(other.weight, rel=1e-3)
+        assert layer.activation == pytest.approx(other.activation, rel=1e-3)
+
+
+@pytest.mark.usefixtures("on_host")
 def test_another_option_of_the_optimizer_is_captured_again():
     captured, plain = trainer_of(True), trainer_of(False)
     for step, batch in enumerate(batches(7)):
