@@ -233,6 +233,78 @@ def test_the_plan_says_the_time_of_what_was_measured(tmp_path):
     )
 
 
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of a tiny network on few images."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(4)]
+    parts = [part for conv in convolutions for part in (conv, nn.BatchNorm2d(6), nn.ReLU())]
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+    x = torch.randn(48, 3, 8, 8)
+    labels = model(x).argmax(1)
+    images = real_networks.Images(x[:32], labels[:32], x[32:], labels[32:])
+    monkeypatch.setattr(real_networks, "network", lambda name, folder: (model, images))
+    for name, value in (
+        ("SCORE_BATCH", 8), ("CALIBRATION_IMAGES", 16), ("CHOICE_IMAGES", 8), ("JOINT_STEPS", 5),
+        ("TUNED_STEPS", 6), ("REFINE_STEPS", 2),
+    ):  # fmt: skip
+        monkeypatch.setattr(real_networks, name, value)
+    tuning = real_networks.Tuning(batch=8, size=6, lr=0.01)
+    monkeypatch.setitem(real_networks.TUNING, "tiny", tuning)
+    results = Results(tmp_path / "results.jsonl")
+    return real_networks.Study("tiny", tmp_path, results)
+
+
+def test_a_network_goes_through_all_that_is_measured(study):
+    budget = real_networks.BUDGETS[2].name
+    for score in ("fisher", "layerwise", "learned"):
+        assert study.run(real_networks.Task("tiny", "score", score))["seconds"] > 0
+    assert study.indicators("learned, normalised") == study.indicators("learned").normalised()
+    ways = ("uniform", "fisher", "layerwise", "learned", "negated fisher", "random 0")
+    assert set(ways) <= set(real_networks.ways(real_networks.BUDGETS[2], 1))
+    for way in ways:
+        for own in real_networks.BUDGETS[2:]:
+            task = real_networks.Task("tiny", "calibrated", way, own.name)
+            result = study.run(task)
+            assert 0 <= result["agreement"] <= 1
+            assert result["kl"] > 0
+            study.results.add(task.key, result)
+    told = {way: r["bitops"] for way, r in study.results.of("tiny", "calibrated", budget).items()}
+    assert max(told.values()) <= told["uniform"]
+    for way in ("uniform", "best", "second best"):
+        result = study.run(real_networks.Task("tiny", "tuned", way, budget, 1))
+        assert result["steps"] == 8
+        assert result["accuracy"] <= 1
+    assert {"fisher", "layerwise"} == set(study.results.best_scores("tiny", budget))
+
+
+def test_policies_that_need_a_score_wait_for_it(study):
+    with pytest.raises(NotThereYet, match="no score 'fisher' of tiny"):
+        study.run(real_networks.Task("tiny", "calibrated", "fisher", real_networks.BUDGETS[0].name))
+
+
+def test_start_values_differ_by_rule_and_treatment(study):
+    budget = real_networks.BUDGETS[2].name
+    found = {
+        (start, treatment): study.run(
+            real_networks.Task("tiny", "start", f"{start}, {treatment}", budget)
+        )["kl"]
+        for start in ("mse", "lsq")
+        for treatment in real_networks.TREATMENTS
+    }
+    assert len(set(found.values())) == len(found)
+    calibrated = study.run(real_networks.Task("tiny", "calibrated", "uniform", budget))["kl"]
+    assert found["mse", "corrected"] == pytest.approx(calibrated, rel=1e-5)
+
+
+def test_start_values_are_found_once(study, monkeypatch):
+    scales = [p for name, p in study.prepared.named_parameters() if name.endswith("scale")]
+    again = real_networks.Study("tiny", study.folder, study.results)
+    monkeypatch.setattr(real_networks.lq, "calibrate", None)
+    kept = [p for name, p in again.prepared.named_parameters() if name.endswith("scale")]
+    assert all(torch.equal(one, other) for one, other in zip(scales, kept, strict=True))
+
+
 # --- results ------------------------------------------------------------------------------------
 
 
