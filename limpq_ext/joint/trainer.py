@@ -324,7 +324,7 @@ class JointTrainer:
             ValueError: Nothing was measured: ``sensitivity_every`` is 0, or no such step was taken
                 yet or was finite.
         """
-        meta = {"score": "learned", "kind": "loss_aware", "steps": self.steps, "seed": self.seed}
+        meta = {"score": "loss_aware", "steps": self.steps, "seed": self.seed}
         return self._meter.indicators(meta)
 
     def _measures(self) -> bool:

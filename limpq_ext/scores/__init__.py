@@ -10,6 +10,7 @@ from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis
 from limpq_ext.scores.analysis import analyse as analyse
 from limpq_ext.scores.learned import learned as learned
 from limpq_ext.scores.learned import learned_by as learned_by
+from limpq_ext.scores.learned import loss_aware as loss_aware
 from limpq_ext.scores.one_at_a_time import layerwise as layerwise
 from limpq_ext.scores.pairs import interactions as interactions
 from limpq_ext.scores.pairs import products as products

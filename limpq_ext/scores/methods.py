@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from limpq_ext.scores.learned import loss_aware
 from limpq_ext.scores.one_at_a_time import layerwise
 from limpq_ext.scores.relevance import relevance, relevance_sensitivity
 from limpq_ext.scores.second_order import fisher, gradient
@@ -37,6 +38,12 @@ METHODS: Final[Mapping[str, Method]] = {
         "arXiv 2012.08420, 2001.00281",
         "forwards",
         "2 x layers x bits forwards from the layer on",
+    ),
+    "loss_aware": Method(
+        loss_aware,
+        "after arXiv 2203.08368",
+        "targets, gradients",
+        "40 batches, bits + 1 forwards and backwards of each",
     ),
     "fisher": Method(
         fisher,
