@@ -104,7 +104,7 @@ def test_an_edited_network_runs_again_and_its_old_weights_are_refused(limpq, own
     own_network("# the same\n" + NET)
     code, said, error = limpq(*command)
     assert code == 0, error
-    assert reused(said) == set(STAGES)
+    assert reused(said) == set(STAGES) - {"check"}  # two layers leave too few policies
     own_network(NET.replace("stride=1", "stride=2"))
     code, said, error = limpq(*command)
     assert code == 0, error
