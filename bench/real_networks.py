@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -48,6 +47,7 @@ from .report import describe_run
 
 BITS: Final = (2, 3, 4, 5, 6, 8)
 SCORE_BATCH: Final = 32
+EVALUATION_BATCH: Final = 104
 CALIBRATION_IMAGES: Final = 128
 """Of the correction, of step sizes and of scores."""
 CHOICE_IMAGES: Final = 128
@@ -78,21 +78,21 @@ SCORES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "activation_variance": ("activation_variance", {}),
     "relevance": ("relevance", {}),
     "relevance_sensitivity": ("relevance_sensitivity", {}),
+    "loss_aware": ("loss_aware", {"steps": JOINT_STEPS}),
 }
-"""What a table calls a score -> its function in `limpq_ext.scores`, and options of it. What this
-version of the package does not have is left out, which is said."""
+"""What a table calls a score -> its function in `limpq_ext.scores`, and options of it."""
 
-LEARNED: Final = ("learned", "learned, normalised", "loss-aware")
-"""The indicators of one joint training: LIMPQ's, those in other units, and what errors add to the
-loss, where joint training tells it."""
+LEARNED: Final = ("learned", "learned, normalised")
+"""The indicators of one joint training: LIMPQ's, and those in other units."""
+
+TRAINING: Final = ("loss_aware",)
+"""The scores that a training measures, on all images that there are for it."""
 
 REFINED: Final = ("fisher", "layerwise")
 """The scores whose policies are refined by measured swaps, where the package can."""
 
 NEGATED: Final = ("fisher", "learned")
 """The scores whose negation is tried."""
-
-_REFINE: Final = "refine"  # of limpq_ext
 
 
 class SmallTransformer(nn.Module):
@@ -281,10 +281,10 @@ def glyphs(folder: Path) -> Images:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, x: Tensor, batch: int = 104) -> Tensor:
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
     """A network's scores in evaluation mode, in parts that need little memory."""
     model.eval()
-    return torch.cat([model(part) for part in x.split(batch)])
+    return torch.cat([model(part) for part in x.split(EVALUATION_BATCH)])
 
 
 def trained(name: str, model: nn.Module, images: Images, folder: Path) -> nn.Module:
@@ -379,21 +379,10 @@ class Task:
         return ": ".join(part for part in parts if part) + seed
 
 
-def known_scores() -> list[str]:
-    """The scores of the table that this version of the package has."""
-    return [name for name, (function, options) in SCORES.items() if _has(function, options)]
-
-
-def _has(function: str, options: Mapping[str, Any]) -> bool:
-    if not hasattr(lq.scores, function):
-        return False
-    return set(options) <= set(inspect.signature(getattr(lq.scores, function)).parameters)
-
-
 def ways(budget: Budget, random_draws: int) -> list[str]:
     """How the policies of a budget are chosen."""
-    scores = [*known_scores(), *LEARNED]
-    refined = [f"refined {score}" for score in REFINED] if hasattr(lq, _REFINE) else []
+    scores = [*SCORES, *LEARNED]
+    refined = [f"refined {score}" for score in REFINED]
     uniform = ["uniform"] if budget.bits.denominator == 1 else []
     negated = [f"negated {score}" for score in NEGATED if score in scores]
     return [*uniform, *scores, *refined, *negated, *(f"random {i}" for i in range(random_draws))]
@@ -404,7 +393,7 @@ def all_tasks(networks: Sequence[str], random_draws: int = RANDOM_DRAWS) -> list
     tasks = []
     for name in networks:
         tasks.append(Task(name, "float", "float"))
-        tasks += [Task(name, "score", score) for score in (*known_scores(), "learned")]
+        tasks += [Task(name, "score", score) for score in (*SCORES, "learned")]
         for budget in BUDGETS:
             tasks += [
                 Task(name, "calibrated", way, budget.name) for way in ways(budget, random_draws)
@@ -455,6 +444,17 @@ class Study:
         """What it says of the training images that scores are chosen on."""
         return outputs(self.model, self._choice)
 
+    @functools.cached_property
+    def _measured(self) -> lq.PolicyLoss:
+        """Any policy without training, on test images and then on those of the choice."""
+        x = torch.cat([self.images.test, self._choice])
+        return lq.PolicyLoss(
+            self.model,
+            [(part, None) for part in x.split(EVALUATION_BATCH)],
+            calibration=self.images.calibration(),
+            per_channel_weights=True,
+        )
+
     @property
     def _choice(self) -> Tensor:
         return self.images.train[CALIBRATION_IMAGES:][:CHOICE_IMAGES]
@@ -489,10 +489,12 @@ class Study:
             return self._started(budget, *task.score.split(", "))
         if task.what == "calibrated":
             policy = self.policy(task.score, budget)
-            model = self.calibrated(policy)
+            test, choice = self._measured.log_probabilities(policy).split(
+                [len(self.images.test), CHOICE_IMAGES]
+            )
             return {
-                **self.compared(model, self.reference, self.images.test),
-                "choice_kl": divergence(outputs(model, self._choice), self.choice_reference),
+                **self.compared(test, self.reference),
+                "choice_kl": divergence(choice, self.choice_reference),
                 **self.told(policy),
             }
         way = task.score
@@ -521,7 +523,7 @@ class Study:
             scores = self.indicators(score)
             return choose(scores, self.costs, budget, negated=True, kept=KEPT)
         if kind == "refined":
-            return getattr(lq, _REFINE)(
+            return lq.refine(
                 self.policy(score, budget),
                 self.model,
                 self.images.calibration(CALIBRATION_IMAGES + CHOICE_IMAGES, REFINE_IMAGES),
@@ -551,9 +553,8 @@ class Study:
         lq.calibrate(model, self.images.calibration(), reference=self.model)
         return model
 
-    def compared(self, model: nn.Module, reference: Tensor, x: Tensor) -> dict[str, float]:
-        """How a network compares with the float one on images."""
-        found = outputs(model, x)
+    def compared(self, found: Tensor, reference: Tensor) -> dict[str, float]:
+        """How what a network says of the test images compares with what the float one says."""
         told = {
             "agreement": float((found.argmax(1) == reference.argmax(1)).double().mean()),
             "kl": divergence(found, reference),
@@ -574,7 +575,7 @@ class Study:
         }
 
     def _float(self) -> dict[str, Any]:
-        told = self.compared(self.model, self.reference, self.images.test)
+        told = self.compared(self.reference, self.reference)
         confidence = float(self.reference.softmax(1).amax(1).mean())
         layers = [layer.name for layer in (*self.costs.layers, *self.costs.fixed)]
         return {**told, "mean_largest_probability": confidence, "layers": layers}
@@ -585,10 +586,11 @@ class Study:
             found = self._learned()
         else:
             function, options = SCORES[score]
+            images = len(self.images.train) if score in TRAINING else CALIBRATION_IMAGES
             found = {
                 score: getattr(lq.scores, function)(
                     self.model,
-                    self.images.calibration(),
+                    self.images.calibration(count=images),
                     BITS,
                     per_channel_weights=True,
                     **options,
@@ -605,20 +607,14 @@ class Study:
             self.model, BITS, example_input=self.example, per_channel_weights=True
         ).train()
         optimizer = make_optimizer(model, lr=0.01, weight_decay=2.5e-5)
-        measures: dict[str, Any] = {}
-        if hasattr(lq.JointTrainer, "sensitivities"):
-            measures["sensitivity_every"] = 1
-        trainer = lq.JointTrainer(model, optimizer, F.cross_entropy, seed=0, **measures)
+        trainer = lq.JointTrainer(model, optimizer, F.cross_entropy, seed=0)
         loader = Shuffled(self.images.train, self.images.train_labels, SCORE_BATCH, seed=0)
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         for x, target in itertools.islice(epochs, JOINT_STEPS):
             trainer.step(x, target)
         trainer.check()
         learned = trainer.indicators()
-        found = {"learned": learned, "learned, normalised": learned.normalised()}
-        if measures:
-            found["loss-aware"] = getattr(trainer, "sensitivities")()  # noqa: B009  # not in all
-        return found
+        return {"learned": learned, "learned, normalised": learned.normalised()}
 
     def _started(self, budget: Budget, start: Any, treatment: str) -> dict[str, Any]:
         """A uniform policy from other start values and with other statistics."""
@@ -633,7 +629,7 @@ class Study:
         lq.calibrate(model, self.images.calibration(), reference=self.model if corrected else None)
         if treatment == "kept":
             model.load_state_dict(before, strict=False)
-        return self.compared(model, self.reference, self.images.test)
+        return self.compared(outputs(model, self.images.test), self.reference)
 
     def _tuned(self, policy: Policy, seed: int) -> dict[str, Any]:
         how = TUNING[self.name]
@@ -656,7 +652,7 @@ class Study:
         reference = self.reference if how.size == test.shape[2] else outputs(self.model, test)
         steps = epochs * len(loader)
         return {
-            **self.compared(model, reference, test),
+            **self.compared(outputs(model, test), reference),
             "steps": steps,
             "seconds_per_step": seconds / steps,
             **self.told(policy),
@@ -738,9 +734,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="write the results and their page, and end")
     options = parser.parse_args(arguments)
     results = Results(options.folder / "results.jsonl")
-    left_out = [name for name in SCORES if name not in known_scores()]
-    if left_out:
-        print(f"this version has no such scores: {', '.join(left_out)}", file=sys.stderr)
     if options.record is not None:
         record(options.record, options.folder, results)
         return 0

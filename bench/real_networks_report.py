@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from limpq_ext.scores import ranks
 from limpq_ext.values.indicators import Indicators
 
 from .report import markdown
@@ -26,7 +26,7 @@ CORRELATION: Final = 0.7
 LOSS_AWARE: Final = 1.05
 """The most of the best score's divergence that loss-aware indicators have."""
 
-NO_SCORES: Final = ("uniform", "learned", "learned, normalised", "loss-aware")
+NO_SCORES: Final = ("uniform", "learned", "learned, normalised")
 """Ways that are not among the best scores which are fine-tuned."""
 
 
@@ -110,27 +110,17 @@ class Results:
 # --- numbers ------------------------------------------------------------------------------------
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float] | None:
-    """Spearman's rank correlation and the ends of its interval of 95 %.
-
-    The interval is Fisher's with the variance of Bonett and Wright (2000), (1 + r^2 / 2) / (n - 3).
+    """Spearman's rank correlation and the ends of its interval of 95 %, by bootstrap.
 
     Returns:
         None of fewer than 5 pairs, or where all values are equal.
     """
-    if len(x) < 5 or len(set(x)) == 1 or len(set(y)) == 1:
+    value = ranks.rank_correlation(x, y) if len(x) >= 5 else None
+    if value is None:
         return None
-    r = float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    if abs(r) > 1 - 1e-12:
-        return r, r, r
-    half = 1.96 * math.sqrt((1 + r * r / 2) / (len(x) - 3))
-    return r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+    low, high = ranks.interval(x, y, np.random.default_rng(0)) or (value, value)
+    return value, low, high
 
 
 def predicted(scores: Indicators, layers: Sequence[str], result: Mapping[str, Any]) -> float:
@@ -210,11 +200,11 @@ def _calibrated_targets(
         ratio = found[f"refined {DEFAULT}"]["kl"] / kl
         yield f"{where}: KL refined over the score's", "< 1", f"{ratio:.2f}", ratio < 1
     others = [r["kl"] for way, r in found.items() if way in scores and way not in NO_SCORES]
-    if "loss-aware" in found and others:
-        ratio = found["loss-aware"]["kl"] / min(others)
+    if "loss_aware" in found and len(others) > 1:
+        ratio = found["loss_aware"]["kl"] / min(others)
         wanted = f"<= {LOSS_AWARE}"
         told = f"{ratio:.2f}"
-        yield f"{where}: loss-aware's KL over the best score's", wanted, told, ratio <= LOSS_AWARE
+        yield f"{where}: loss_aware's KL over the best score's", wanted, told, ratio <= LOSS_AWARE
     if DEFAULT in scores:
         r = correlation(results, scores[DEFAULT], network, budget)
         if r is not None:

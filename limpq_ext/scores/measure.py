@@ -153,13 +153,7 @@ class PolicyLoss:
         Raises:
             ValueError: The policy is of other layers, or its loss is NaN or infinite.
         """
-        self._select(policy)
-        with self._corrections_undone():
-            if self._correction is None:
-                found = self._outputs()
-            else:
-                found = self._correction.apply(self._network)
-                found = log_probabilities(found) if self._shares_forward else self._outputs()
+        found = self.log_probabilities(policy)
         if self._target is None:
             loss = F.kl_div(found, self._reference, reduction="batchmean", log_target=True)
         else:
@@ -169,6 +163,23 @@ class PolicyLoss:
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of the policy is {told[0]}")
         return Measurement(max(0.0, told[0]), told[1])  # below 0 by rounding only
+
+    @torch.no_grad()
+    def log_probabilities(self, policy: Policy) -> Tensor:
+        """What a policy says of all samples: ``[samples, classes]``, in float64.
+
+        Args:
+            policy: Bits of all layers that are not excluded, the fixed ones included.
+
+        Raises:
+            ValueError: The policy is of other layers.
+        """
+        self._select(policy)
+        with self._corrections_undone():
+            if self._correction is None:
+                return self._outputs()
+            found = self._correction.apply(self._network)
+            return log_probabilities(found) if self._shares_forward else self._outputs()
 
     def _outputs(self) -> Tensor:
         """The logarithms of the probabilities of all samples, ``[samples, classes]``."""
