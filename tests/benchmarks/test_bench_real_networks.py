@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from limpq_ext import scores
+
 pytest.importorskip("highspy")
 pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
@@ -170,7 +172,7 @@ def test_every_task_has_a_key_of_its_own():
 
 def test_every_score_of_the_table_is_one_of_the_package():
     for function, _ in real_networks.SCORES.values():
-        assert callable(getattr(lq.scores, function))
+        assert callable(getattr(scores, function))
 
 
 class Fake:
