@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.nn.inputs import call
+from limpq_ext.scores.one_at_a_time import MEMORY, OneAtATime
 from limpq_ext.scores.propagation import propagate
 from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
-from limpq_ext.training.correction import correct_statistics
 from limpq_ext.values.indicators import Indicators, Kind
 
 Error = Literal["power", "measured"]
@@ -98,7 +98,7 @@ def relevance_sensitivity(
     the other at ``base_bits``, since a search chooses both.
 
     It needs what :func:`relevance` needs, and ``1 + 2 * layers * len(bits)`` forwards of each batch
-    more; three times as many, and as often a trace, where there is batch normalisation to correct.
+    more, which have several bit-widths on the axis of the samples.
 
     Args:
         model: As for :func:`relevance`.
@@ -109,9 +109,9 @@ def relevance_sensitivity(
             that of :func:`relevance`, and the rest is the sensitivity, both divided by their means
             (:meth:`Indicators.normalised`).
         error: That of :func:`relevance`; counts where ``mix`` is a number.
-        correct: Measure with batch normalisation corrected by what quantization moves, as
-            :func:`limpq_ext.calibrate` corrects that of a prepared model with a reference. All
-            batches are then run as one, too.
+        correct: Measure with batch normalisation and biases corrected by what quantization moves,
+            as :func:`limpq_ext.calibrate` corrects them with a reference, in the same forward. All
+            batches then run as one.
         **options: As for :func:`relevance`.
 
     Returns:
@@ -124,15 +124,23 @@ def relevance_sensitivity(
     _check_error(error)
     if mix != "product" and not (isinstance(mix, float | int) and 0 <= mix <= 1):
         raise ValueError(f"mix is {mix!r}, expected 'product' or a number from 0 to 1")
-    subject = Subject(model, batches, sorted({*bits, base_bits}), **options)
-    sensitivity = _sensitivities(subject, base_bits, model if correct else None)
+    bench = OneAtATime(
+        model,
+        batches,
+        sorted({*bits, base_bits}),
+        correct=correct,
+        memory=MEMORY,
+        **options,
+    )
+    subject = bench.subject
+    sensitivities = _sensitivities(bench, bits, base_bits)
     name = "relevance_sensitivity"
     if mix == "product":
         shares = _importance(subject)
-        found = subject.scores(name, bits, lambda *key: shares[key[0]] * sensitivity(*key))
+        found = subject.scores(name, bits, lambda *key: shares[key[0]] * sensitivities[key])
     else:
         first = subject.scores(name, bits, _relevances(subject, bits, error)).normalised()
-        second = subject.scores(name, bits, sensitivity).normalised()
+        second = subject.scores(name, bits, lambda *key: sensitivities[key]).normalised()
         tables = [_table(part) for part in (first, second)]
         found = subject.scores(
             name, bits, lambda *key: mix * tables[0][key] + (1 - mix) * tables[1][key]
@@ -233,54 +241,35 @@ def _relative_errors(subject: Subject, bits: Sequence[int]) -> dict[Key, float]:
 
 
 @torch.no_grad()
-def _sensitivities(
-    subject: Subject, base_bits: int, reference: nn.Module | None
-) -> Callable[[str, Kind, int], float]:
-    """Measures the divergence with one tensor at a bit-width and all others at the base.
-
-    Args:
-        subject: What to measure in.
-        base_bits: One of its candidates.
-        reference: The float model, to correct by; None: nothing is corrected.
-    """
-    float_scores = [log_probabilities(call(subject.network, x)) for x, _ in subject.batches]
-    samples = sum(len(scores) for scores in float_scores)
-    norms = [module for module in subject.network.modules() if _has_statistics(module)]
-
-    @torch.no_grad()
-    def sensitivity(name: str, kind: Kind, width: int) -> float:
-        with ExitStack() as stack:
+def _sensitivities(bench: OneAtATime, bits: Sequence[int], base_bits: int) -> dict[Key, float]:
+    """The divergence with one tensor at a bit-width and all others at the base."""
+    subject = bench.subject
+    sums: dict[Key, Tensor] = {}
+    samples = 0
+    with bench.opened():
+        for x, _ in bench.batches:
+            reference = log_probabilities(bench.begin(x))
+            samples += len(reference)
             for layer in subject.layers:
-                for other in KINDS:
-                    own = width if (layer, other) == (name, kind) else base_bits
-                    stack.enter_context(subject.quantized(layer, other, own))
-            if reference is not None and norms:
-                stack.enter_context(_buffers_kept(norms))
-                correct_statistics(subject.network, reference, subject.batches)
-            divergences = [
-                F.kl_div(
-                    log_probabilities(call(subject.network, x)),
-                    scores,
-                    reduction="sum",
-                    log_target=True,
-                )
-                for (x, _), scores in zip(subject.batches, float_scores, strict=True)
-            ]
-        # Below 0 by rounding only.
-        return max(0.0, float(torch.stack(divergences).sum())) / samples
-
-    return sensitivity
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+                keys = [(layer, kind, width) for kind in KINDS for width in bits]
+                variants = {
+                    other: [partial(_quantized, subject, other, base_bits, key) for key in keys]
+                    for other in subject.layers
+                }
+                for key, output in zip(keys, bench.run(variants), strict=True):
+                    divergence = F.kl_div(
+                        log_probabilities(output), reference, reduction="sum", log_target=True
+                    )
+                    sums[key] = sums.get(key, 0.0) + divergence
+    # Below 0 by rounding only.
+    return {key: float(total.clamp(min=0.0)) / samples for key, total in sums.items()}
 
 
 @contextmanager
-def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    try:
+def _quantized(subject: Subject, layer: str, base_bits: int, key: Key) -> Iterator[None]:
+    """Both tensors of a layer at the base, but for the one that the key gives other bits."""
+    with ExitStack() as stack:
+        for kind in KINDS:
+            width = key[2] if key[:2] == (layer, kind) else base_bits
+            stack.enter_context(subject.quantized(layer, kind, width))
         yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)

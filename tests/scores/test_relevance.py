@@ -179,6 +179,9 @@ def sensitivity(model, data, name, kind, bits, base, correct):
         )
         changed.norm.running_mean += means[1] - means[0]
         changed.norm.running_var *= variances[1] / variances[0]
+        for layer in ("gate", "head"):
+            before, after = (torch.cat(outputs_of(m, layer, data)) for m in (model, changed))
+            changed.get_submodule(layer).bias.data += before.mean(0) - after.mean(0)
     total = 0.0
     with torch.no_grad():
         for x, _ in data:
@@ -271,9 +274,9 @@ def test_a_score_leaves_the_model_as_it_is_and_falls_with_bits(score):
     untouched(model, before)
     assert [name for name, module in model.named_modules() if module.training] == ["norm"]
     assert all(torch.equal(x, kept) for (x, _), kept in zip(data, inputs, strict=True))
-    for layer in found.layers:
-        assert layer.weight[2] > layer.weight[8]
-        assert layer.activation[2] > layer.activation[8]
+    for kind in KINDS:  # in sum: the correction can make up for one tensor's error
+        at = {bits: sum(getattr(layer, kind)[bits] for layer in found.layers) for bits in (2, 8)}
+        assert at[2] > at[8]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -365,7 +368,7 @@ def adding_up(output):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (one_class, r"the model puts out \(5, 1\), expected scores \[batch, classes\] of 2 or"),
+        (one_class, r"the model puts out \(\d+, 1\), expected scores \[batch, classes\] of 2 or"),
         (a_pair, "the model puts out tuple, expected scores"),
         (unmoved, "no layer gets any relevance: .* or come from no layer"),
         (not_a_number, "the model puts out a NaN or an infinity"),
