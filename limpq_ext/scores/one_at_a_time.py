@@ -105,11 +105,7 @@ def layerwise(
             reference = log_probabilities(bench.begin(x))
             _check_finite(reference)
             samples += len(reference)
-            lost: Callable[[Tensor], Tensor]
-            if measure == "kl":
-                lost = partial(_divergence, reference)
-            else:
-                lost = partial(_loss_added, reference, checked_classes(target, reference))
+            lost = losing(measure, reference, target)
             for layer in bench.order():
                 keys = [(layer, kind, width) for kind in KINDS for width in bits]
                 outputs = bench.run({layer: [partial(subject.quantized, *key) for key in keys]})
@@ -262,14 +258,25 @@ class OneAtATime:
         return output + by_channel(correction_of_bias(module, output, told), module, output)
 
 
-def _divergence(reference: Tensor, scores: Tensor) -> Tensor:
-    return F.kl_div(scores, reference, reduction="sum", log_target=True)
+def losing(measure: Measure, reference: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+    """What is lost beside the float network, summed over samples.
 
+    Args:
+        measure: "kl" or "loss".
+        reference: The logarithms of the float network's probabilities.
+        target: The classes, for the loss.
 
-def _loss_added(reference: Tensor, target: Tensor, scores: Tensor) -> Tensor:
-    return F.nll_loss(scores, target, reduction="sum") - F.nll_loss(
-        reference, target, reduction="sum"
-    )
+    Returns:
+        Takes the logarithms of a quantized network's probabilities.
+
+    Raises:
+        ValueError: The targets are no classes, where the loss is measured.
+    """
+    if measure == "kl":
+        return lambda found: F.kl_div(found, reference, reduction="sum", log_target=True)
+    classes = checked_classes(target, reference)
+    before = F.nll_loss(reference, classes, reduction="sum")
+    return lambda found: F.nll_loss(found, classes, reduction="sum") - before
 
 
 def _check_finite(reference: Tensor) -> None:

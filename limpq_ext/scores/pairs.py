@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from limpq_ext.nn.inputs import call
-from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
+from limpq_ext.scores.one_at_a_time import MEMORY, OneAtATime, losing
+from limpq_ext.scores.subject import KINDS, Key, Subject, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.indicators import Indicators, Kind
 from limpq_ext.values.interactions import Interactions, Quantized
@@ -53,14 +53,16 @@ def interactions(
     within: Within = "block",
     kinds: Sequence[Kind] = ("weight",),
     measure: Measure = "kl",
+    correct: bool = True,
+    memory: int = MEMORY,
     **options: Any,
 ) -> Interactions:
     """What two quantized tensors move at the output beyond what each of them moves.
 
     CLADO's cross terms (arXiv 2307.05657), to be added to :func:`limpq_ext.scores.layerwise`, whose
     measure "kl" is. It needs no gradients, targets for "loss" alone, and for t tensors in p pairs
-    ``1 + t * len(bits) + p * len(bits) ** 2`` forwards of each batch: ResNet-50's weights within
-    blocks are 60 pairs, 1,761 forwards at five bit-widths.
+    ``1 + t * len(bits) + p * len(bits) ** 2`` forwards of each batch, which begin at the first of
+    the layers: ResNet-50's weights within blocks are 60 pairs, 1,761 forwards at five bit-widths.
 
     Args:
         model: The float classifier: maps a batch to scores ``[batch, classes]``. It is left as it
@@ -73,6 +75,9 @@ def interactions(
         kinds: ``"weight"``, ``"activation"`` or both. With both, a layer's weights and its input
             are a pair too.
         measure: ``"kl"``, the divergence from the float network, or ``"loss"``, the cross-entropy.
+        correct: Batch normalisation and biases behind the tensors are corrected by what they move,
+            as for :func:`limpq_ext.scores.layerwise`.
+        memory: As for :func:`limpq_ext.scores.layerwise`.
         **options: ``scale_start`` ("mse", "max" or "percentile"), ``fixed``, ``exclude``,
             ``per_channel_weights`` and ``symmetric_weights``, as for :func:`limpq_ext.prepare`.
 
@@ -87,14 +92,17 @@ def interactions(
     _check_kinds(kinds)
     if measure not in ("kl", "loss"):
         raise ValueError(f"measure is {measure!r}, expected kl or loss")
-    subject = Subject(model, batches, bits, **options)
-    pairs = _tensor_pairs(list(subject.layers), within, kinds)
-    moved = _Moved(subject, measure)
+    bench = OneAtATime(model, batches, bits, correct=correct, memory=memory, **options)
+    pairs = _tensor_pairs(list(bench.subject.layers), within, kinds)
     tensors = dict.fromkeys(itertools.chain.from_iterable(pairs))
-    alone = {(tensor, b): moved.by((*tensor, b)) for tensor in tensors for b in bits}
+    asked: dict[tuple[Quantized, ...], list[tuple[int, ...]]] = {
+        (tensor,): [(b,) for b in bits] for tensor in tensors
+    }
+    asked |= {pair: list(itertools.product(bits, repeat=2)) for pair in pairs}
+    moved = _moved(bench, measure, asked)
     table = {
         (one, other): {
-            (a, b): moved.by((*one, a), (*other, b)) - alone[one, a] - alone[other, b]
+            (a, b): moved[(*one, a), (*other, b)] - moved[((*one, a),)] - moved[((*other, b),)]
             for a, b in itertools.product(bits, repeat=2)
         }
         for one, other in pairs
@@ -102,8 +110,9 @@ def interactions(
     meta = {
         "score": "interactions",
         "measure": measure,
+        "correct": correct,
         "within": within if isinstance(within, str | int) else list(within),
-        "batches": len(subject.batches),
+        "batches": len(bench.subject.batches),
     }
     return Interactions.from_table(table, meta=meta)
 
@@ -158,44 +167,49 @@ def products(
     )
 
 
-class _Moved:
+def _moved(
+    bench: OneAtATime,
+    measure: Measure,
+    asked: Mapping[tuple[Quantized, ...], Sequence[tuple[int, ...]]],
+) -> dict[tuple[Key, ...], float]:
     """How far quantized tensors move the output from the float network's.
 
     Args:
-        subject: The network.
+        bench: The network.
         measure: "kl" or "loss".
+        asked: Tensors -> the bits that they are quantized to together.
+
+    Returns:
+        For each the mean over the samples, in nats.
     """
-
-    def __init__(self, subject: Subject, measure: Measure) -> None:
-        self._subject = subject
-        self._floats = [log_probabilities(call(subject.network, x)) for x, _ in subject.batches]
-        self._targets: list[torch.Tensor | None] = [None] * len(self._floats)
-        if measure == "loss":
-            self._targets = [
-                checked_classes(target, scores)
-                for (_, target), scores in zip(subject.batches, self._floats, strict=True)
-            ]
-        self._samples = sum(map(len, self._floats))
-
-    def by(self, *tensors: tuple[str, Kind, int]) -> float:
-        """The mean over samples with some tensors at some bits, all others float."""
-        with ExitStack() as switched:
-            for tensor in tensors:
-                switched.enter_context(self._subject.quantized(*tensor))
-            sums = [
-                _sum(log_probabilities(call(self._subject.network, x)), before, target)
-                for (x, _), before, target in zip(
-                    self._subject.batches, self._floats, self._targets, strict=True
-                )
-            ]
-        return float(torch.stack(sums).sum()) / self._samples
+    sums: dict[tuple[Key, ...], Tensor] = {}
+    samples = 0
+    with bench.opened():
+        for x, target in bench.batches:
+            reference = log_probabilities(bench.begin(x))
+            samples += len(reference)
+            lost = losing(measure, reference, target)
+            for tensors, every in asked.items():
+                ways = [
+                    tuple((*tensor, width) for tensor, width in zip(tensors, widths, strict=True))
+                    for widths in every
+                ]
+                outputs = bench.run(_variants(bench.subject, ways))
+                for way, output in zip(ways, outputs, strict=True):
+                    sums[way] = sums.get(way, 0.0) + lost(log_probabilities(output))
+    return {way: float(total) / samples for way, total in sums.items()}
 
 
-def _sum(scores: torch.Tensor, before: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """What is lost beside the float network, summed over samples."""
-    if target is None:
-        return F.kl_div(scores, before, reduction="sum", log_target=True)
-    return F.nll_loss(scores, target, reduction="sum") - F.nll_loss(before, target, reduction="sum")
+def _variants(
+    subject: Subject, ways: Sequence[tuple[Key, ...]]
+) -> dict[str, list[Callable[[], AbstractContextManager[None]]]]:
+    """For each layer what is quantized of it in each way."""
+    return {
+        layer: [
+            partial(subject.all_quantized, *(key for key in way if key[0] == layer)) for way in ways
+        ]
+        for layer in dict.fromkeys(key[0] for key in ways[0])
+    }
 
 
 def _check_kinds(kinds: Sequence[Kind]) -> None:

@@ -8,8 +8,8 @@ importance for the weights and the input of a layer, and how the two scores are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,14 +20,11 @@ from torch.nn import functional as F
 from limpq_ext.nn.inputs import call
 from limpq_ext.scores.one_at_a_time import MEMORY, OneAtATime
 from limpq_ext.scores.propagation import propagate
-from limpq_ext.scores.subject import KINDS, Subject, checked_classes, log_probabilities
+from limpq_ext.scores.subject import KINDS, Key, Subject, checked_classes, log_probabilities
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.indicators import Indicators, Kind
 
 Error = Literal["power", "measured"]
-
-Key = tuple[str, Kind, int]
-"""A layer's name, its weights or its input, and a bit-width."""
 
 
 def relevance(
@@ -253,7 +250,10 @@ def _sensitivities(bench: OneAtATime, bits: Sequence[int], base_bits: int) -> di
             for layer in subject.layers:
                 keys = [(layer, kind, width) for kind in KINDS for width in bits]
                 variants = {
-                    other: [partial(_quantized, subject, other, base_bits, key) for key in keys]
+                    other: [
+                        partial(subject.all_quantized, *_at_base(other, base_bits, key))
+                        for key in keys
+                    ]
                     for other in subject.layers
                 }
                 for key, output in zip(keys, bench.run(variants), strict=True):
@@ -265,11 +265,6 @@ def _sensitivities(bench: OneAtATime, bits: Sequence[int], base_bits: int) -> di
     return {key: float(total.clamp(min=0.0)) / samples for key, total in sums.items()}
 
 
-@contextmanager
-def _quantized(subject: Subject, layer: str, base_bits: int, key: Key) -> Iterator[None]:
+def _at_base(layer: str, base_bits: int, key: Key) -> list[Key]:
     """Both tensors of a layer at the base, but for the one that the key gives other bits."""
-    with ExitStack() as stack:
-        for kind in KINDS:
-            width = key[2] if key[:2] == (layer, kind) else base_bits
-            stack.enter_context(subject.quantized(layer, kind, width))
-        yield
+    return [(layer, kind, key[2] if key[:2] == (layer, kind) else base_bits) for kind in KINDS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from limpq_ext.training.model_state import device_of
 from limpq_ext.values.indicators import Indicators, Kind, LayerIndicators
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Key = tuple[str, Kind, int]
+"""A layer's name, its weights or its input, and a bit-width."""
 
 
 class Subject:
@@ -80,6 +83,14 @@ class Subject:
             yield
         finally:
             quantizer.observe = _nothing
+
+    @contextmanager
+    def all_quantized(self, *tensors: Key) -> Iterator[None]:
+        """Quantize several tensors for as long as the block lasts."""
+        with ExitStack() as stack:
+            for tensor in tensors:
+                stack.enter_context(self.quantized(*tensor))
+            yield
 
     def scores(
         self,
