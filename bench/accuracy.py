@@ -298,7 +298,8 @@ class Study:
         if self._indicators.exists():
             return Indicators.load(self._indicators)
         torch.manual_seed(self.seed)
-        prepared = lq.prepare(model, BITS, example_input=self._train[0][:1]).train()
+        example = self._train[0][:1]
+        prepared = lq.prepare(model, BITS, example_input=example, scale_start="lsq").train()
         optimizer = make_optimizer(prepared, lr=0.01, weight_decay=2.5e-5)
         trainer = lq.JointTrainer(prepared, optimizer, nn.functional.cross_entropy, seed=self.seed)
 
@@ -320,7 +321,7 @@ class Study:
 
     def _tuned(self, model: nn.Module, policy: Policy) -> float:
         torch.manual_seed(self.seed)
-        quantized = lq.apply_policy(model, policy)
+        quantized = lq.apply_policy(model, policy, scale_start="lsq")
         images, labels = (part[:TUNE] for part in self._train)
         lq.finetune(quantized, Batches(images, labels, seed=self.seed), epochs=TUNE_EPOCHS, lr=0.02)
         return self._accuracy(quantized)

@@ -94,7 +94,7 @@ def measure_steps(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # every contender draws other numbers, and losses are compared
-    prepared = lq.prepare(model, BITS, example_input=x[:2])
+    prepared = lq.prepare(model, BITS, example_input=x[:2], scale_start="lsq")
     branches = len(BITS) + 1
 
     def optimizer(parameters: object) -> torch.optim.Optimizer:

@@ -43,6 +43,7 @@ from limpq_ext import (
     Indicators,
     JointTrainer,
     LatencyTable,
+    NonFiniteError,
     Policy,
     finetune,
     prepare,
@@ -181,7 +182,8 @@ def resume(path: Path, stop: int | None = None) -> None:
             raise StoppedError
 
     recording = Recording(Checkpoint(path, key="key", steps=1, minutes=0))
-    with suppress(StoppedError):
+    # A checkpoint may hold numbers with which nothing can be trained, which the training says.
+    with suppress(StoppedError, NonFiniteError):
         finetune(
             make_network(),
             BATCHES,
