@@ -9,7 +9,13 @@ import torch
 from test_bank import every, parameters, quantized_alone, small_layers
 from test_ops import DTYPES, assert_same_bits, chain, compute_dtype
 
-from limpq_ext import ActivationQuantizer, WeightBank, lsq_fake_quantize, lsq_fake_quantize_multi
+from limpq_ext import (
+    ActivationQuantizer,
+    WeightBank,
+    lsq_fake_quantize,
+    lsq_fake_quantize_multi,
+    quantization_error_sums,
+)
 from limpq_ext.kernels.ops import fake_quantize_selected
 
 pytestmark = pytest.mark.cuda
@@ -420,3 +426,49 @@ def test_the_bank_on_the_cpu_and_on_cuda_give_the_same_bits(per_channel):
     assert_all_equal(weights, cpu_weights)
     for ours, expected in zip(scales, cpu_scales, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def error_sums(x, grad, scales, axis, sum_axis):
+    lows, highs = ((-2, -8, 0), (1, 7, 255))
+    return quantization_error_sums(
+        x, grad, scales, lows, highs, channel_axis=axis, sum_axis=sum_axis
+    )
+
+
+def error_sums_inputs(layout, dtype):
+    """What the sums are of, on the CPU, and for which axes."""
+    torch.manual_seed(0)
+    shape, axis, memory_format = SMALL[layout]
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in "xg")
+    rows = (3,) if axis is None else (3, shape[axis])
+    scales = torch.rand(rows, dtype=compute_dtype(dtype)) * 0.2 + 0.05
+    return x, grad, scales, axis
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", SMALL)
+@pytest.mark.parametrize("whole", [False, True])
+def test_error_sums_on_the_cpu_and_on_cuda_agree(dtype, layout, whole):
+    *tensors, axis = error_sums_inputs(layout, dtype)
+    by = None if whole else 0 if axis is None else axis
+    expected = error_sums(*tensors, axis, by)
+    on_cuda = [tensor.cuda() for tensor in tensors]
+    found = error_sums(*on_cuda, axis, by)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * tensors[0].numel() ** 0.5}
+    for ours, theirs, again in zip(found, expected, error_sums(*on_cuda, axis, by), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, **tolerance)
+        assert_same_bits(again, ours)
+
+
+@pytest.mark.parametrize("layout", SMALL)
+def test_error_sums_do_not_wait_for_the_device_and_can_be_captured(layout):
+    *tensors, axis = error_sums_inputs(layout, torch.float32)
+    tensors = [tensor.cuda() for tensor in tensors]
+    expected = error_sums(*tensors, axis, axis)
+    with waiting_is_an_error():
+        error_sums(*tensors, axis, axis)
+    graph, captured = capture(lambda: error_sums(*tensors, axis, axis))
+    for _ in range(2):
+        graph.replay()
+        assert_all_equal(captured, expected)
