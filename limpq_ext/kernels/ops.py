@@ -45,6 +45,9 @@ _operators = torch.ops.limpq_ext
 How = tuple[Any, ...]
 """What an operator takes after its tensors, in the order of its schema."""
 
+MOST_BIT_WIDTHS = 15
+"""The most bit-widths in one call, those from 2 to 16."""
+
 SCALE_MIN = 1e-5
 """The smallest scale in use by default: a step can never be zero or negative."""
 

@@ -25,9 +25,9 @@ from limpq_ext.kernels.ops import (
 )
 from limpq_ext.nn.processes import is_distributed
 from limpq_ext.nn.start_values import (
-    Distribution,
     Histogram,
     ScaleStart,
+    Values,
     check_rule,
     start_scales,
 )
@@ -285,7 +285,7 @@ class WeightQuantizer(LsqQuantizer):
         Raises:
             ValueError: The weights are all 0.
         """
-        found: Distribution | None = None
+        found: Values | None = None
         for index, width in enumerate(self.bits):
             if self._ready[index]:
                 continue
@@ -294,7 +294,7 @@ class WeightQuantizer(LsqQuantizer):
             elif weight.is_meta:
                 scale = torch.empty_like(self.scale[index])
             else:
-                found = found or Distribution.of(weight, self.channel_axis)
+                found = found or Values(weight, self.channel_axis)
                 scale = start_scales(found, self.scale_start, *self.thresholds(width))
                 scale = scale if self.channel_axis is not None else scale[0]
             if not weight.is_meta:

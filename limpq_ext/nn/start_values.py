@@ -1,24 +1,26 @@
 """Where step sizes begin: the rules, and what they need to know of the values that are quantized.
 
-Every rule sees a distribution: the values themselves, sorted once, or a histogram of many batches.
-The squared error of a step size is a sum over the levels of the quantizer,
+A weight is seen as it is: the kernel that sums errors tries many step sizes of all channels in one
+pass. Activations are seen as a distribution, a histogram of many batches. There the squared error
+of a step size is a sum over the levels of the quantizer,
 
     sum over q of  sum of (x - q * s)^2 = sum x^2 - 2 q s sum x + q^2 s^2 n    over the x nearest q,
 
 and prefix sums of n, x and x^2 give each level's share by two look-ups. So one candidate costs as
-much as the quantizer has levels, whatever the number of values, and all candidates of all channels
-are one batch of look-ups.
+much as the quantizer has levels, whatever the number of values.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Final, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from limpq_ext.kernels.ops import MOST_BIT_WIDTHS, quantization_error_sums
 from limpq_ext.nn.processes import is_distributed
 
 ScaleStart = Literal["mse", "lsq", "max", "percentile"]
@@ -30,21 +32,192 @@ SCALE_STARTS: Final = get_args(ScaleStart)
 PERCENTILE: Final = 0.9999
 """The share of values that the rule "percentile" does not clip."""
 
-_CANDIDATES: Final = 96  # of the first search, by equal ratios
-_CANDIDATES_OF_FEW: Final = 1024  # where single values matter, as in a depthwise convolution
-_FEW: Final = 256
+_FEW: Final = 256  # values of a channel of which single ones matter, as in a depthwise convolution
 _REFINED: Final = 17  # of each of the two searches between the best one's neighbours
 _MANY_LEVELS: Final = 128  # from here on the first search takes what is rounded for noise
 _MOST_LEVELS: Final = 1025  # from here on all do
 _MOST_LOOKUPS: Final = 2**24  # at once; more channels are done one part after the other
-_VALUES_OF_A_LOOKUP: Final = 8  # that are rounded in the time of one
 _BINS: Final = 8192
-_MANY_VALUES: Final = 2**20  # of a channel; from here on they are counted in bins, not sorted
-_FINE_BINS: Final = 2**18  # of so many values
-_AT_ONCE: Final = 2**22  # values that are put into bins at one time
+_SHORT: Final = 64  # channels of fewer values lie beside each other in memory while they are tried
 
 
-class Distribution:
+class _Searched(ABC):
+    """Values by channel, among whose step sizes that of the least squared error is sought."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value, ``[channels]`` each, float64."""
+
+    @property
+    @abstractmethod
+    def mean_magnitude(self) -> Tensor:
+        """The mean of ``|x|``, ``[channels]``, float64."""
+
+    @property
+    @abstractmethod
+    def few(self) -> bool:
+        """Whether a channel has so few values that single ones matter."""
+
+    @abstractmethod
+    def percentile(self, share: float, quant_min: int, quant_max: int) -> Tensor:
+        """The least step size at which this share of the values lies in the range, ``[channels]``.
+
+        As much is left out on either side where the range has two.
+        """
+
+    @property
+    @abstractmethod
+    def _candidates(self) -> int:
+        """How many step sizes are tried first, in equal ratios."""
+
+    @abstractmethod
+    def _looks_at_values(self, levels: int, refines: int) -> bool:
+        """Whether errors are those of the values, or what is rounded is taken for noise."""
+
+    @abstractmethod
+    def _improved(
+        self, tried: Tensor, quant_min: int, quant_max: int, *, exactly: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The best step sizes for what those that are tried round to, and their squared errors.
+
+        Args:
+            tried: ``[channels, m]``, positive.
+            quant_min: Lowest level.
+            quant_max: Highest level.
+            exactly: As `_looks_at_values` says; else the step sizes are those that were tried.
+
+        Returns:
+            Each ``[channels, m]``, float64.
+        """
+
+    def no_clipping(self, quant_min: int, quant_max: int) -> Tensor:
+        """The least step size at which no value lies outside the range, ``[channels]``."""
+        return _covering(*self.ends, quant_min, quant_max)
+
+    def least_error(self, quant_min: int, quant_max: int) -> Tensor:
+        """The step size of the least squared error, ``[channels]``; 0 where all values are 0.
+
+        It is sought among step sizes in equal ratios, from one that clips most values to one that
+        clips none, and then twice between the neighbours of the best. Each that is tried says which
+        values are nearest to which level q, and for these the best step size is known,
+        ``sum(q * x) / sum(q^2)``; that is what is compared, and found.
+        """
+        high = self.no_clipping(quant_min, quant_max)
+        low = torch.minimum(high, self.mean_magnitude / (2 * max(quant_max, -quant_min)))
+        nothing = ~(low > 0)
+        low, high = (torch.where(nothing, torch.ones_like(end), end) for end in (low, high))
+        high = 2 * high if self.few else high  # a few may lie on coarser levels by chance
+        found = high
+        least = torch.full_like(found, math.inf)
+        for refines, candidates in enumerate((self._candidates, _REFINED, _REFINED)):
+            steps = torch.linspace(0, 1, candidates, dtype=torch.float64, device=low.device)
+            tried = low[:, None] * (high / low)[:, None] ** steps
+            exactly = self._looks_at_values(quant_max - quant_min + 1, refines)
+            scales, errors = self._improved(tried, quant_min, quant_max, exactly=exactly)
+            best = errors.argmin(dim=1, keepdim=True)
+            error, scale = (every.gather(1, best).squeeze(1) for every in (errors, scales))
+            if refines == 0 and not exactly:
+                found = scale  # its error is another measure than that of the next ones
+            else:
+                found = torch.where(error < least, scale, found)
+                least = torch.minimum(error, least)
+            low, high = (
+                tried.gather(1, (best + side).clamp(0, candidates - 1)).squeeze(1)
+                for side in (-1, 1)
+            )
+        return torch.where(nothing, torch.zeros_like(found), found)
+
+
+class Values(_Searched):
+    """The values of a tensor, all or by channel, as they are.
+
+    Args:
+        x: Any shape, float.
+        channel_axis: The axis of the channels; None: all values are one.
+    """
+
+    def __init__(self, x: Tensor, channel_axis: int | None = None) -> None:
+        x = x.detach()
+        rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
+        self._rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        lowest, highest = torch.aminmax(self._rows, dim=1)
+        self._ends = lowest.double(), highest.double()
+        self._axis = 1 if rows.shape[1] < _SHORT else 0
+        self._laid = (self._rows.t() if self._axis else self._rows).contiguous()
+        self._ones = torch.ones_like(self._laid)
+        self._squares = _norm(self._rows, 2).square()[:, None]
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value, ``[channels]`` each, float64."""
+        return self._ends
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """The mean of ``|x|``, ``[channels]``, float64."""
+        return _norm(self._rows, 1) / self._rows.shape[1]
+
+    @property
+    def few(self) -> bool:
+        """Whether a channel has so few values that single ones matter."""
+        return self._rows.shape[1] <= _FEW
+
+    def percentile(self, share: float, quant_min: int, quant_max: int) -> Tensor:
+        """The least step size at which this share of the values lies in the range."""
+        return Distribution.of(self._rows, 0).percentile(share, quant_min, quant_max)
+
+    @property
+    def _candidates(self) -> int:
+        return 512 if self.few else 32
+
+    def _looks_at_values(self, levels: int, refines: int) -> bool:
+        return True
+
+    def _improved(
+        self, tried: Tensor, quant_min: int, quant_max: int, *, exactly: bool
+    ) -> tuple[Tensor, Tensor]:
+        scales = tried.to(self._laid.dtype)
+        errors = self._sums(scales, self._ones, quant_min, quant_max, "squares")
+        # What the others would come to is not less than what the best few do, or hardly.
+        best = errors.topk(MOST_BIT_WIDTHS if self.few else 1, largest=False).indices
+        products = self._sums(scales.gather(1, best), self._laid, quant_min, quant_max, "sums")
+        scales = scales.double()
+        scale, error = (every.gather(1, best) for every in (scales, errors))
+        # With y = q * scale and e = y - x: what sum(q * e) and sum(q^2) are.
+        along = (products + error) / scale
+        across = (self._squares + 2 * products + error) / scale.square()
+        shift = torch.where(across > 0, along / across, torch.zeros_like(along))
+        better = (scale - shift, error - across * shift.square())
+        return scales.scatter(1, best, better[0]), errors.scatter(1, best, better[1])
+
+    def _sums(
+        self,
+        scales: Tensor,
+        factor: Tensor,
+        quant_min: int,
+        quant_max: int,
+        which: Literal["sums", "squares"],
+    ) -> Tensor:
+        """Sums of a factor times the error, or of its square: ``[channels, m]`` as the scales."""
+        parts = []
+        for part in scales.split(MOST_BIT_WIDTHS, dim=1):
+            count = part.shape[1]
+            found = quantization_error_sums(
+                self._laid,
+                factor,
+                part.t().contiguous(),
+                [quant_min] * count,
+                [quant_max] * count,
+                channel_axis=self._axis,
+                sum_axis=self._axis,
+                scale_min=torch.finfo(part.dtype).tiny,
+            )
+            parts.append(getattr(found, which).t())
+        return torch.cat(parts, dim=1)
+
+
+class Distribution(_Searched):
     """Values or bins of them, by channel, sorted, with what the error of a step size needs.
 
     Args:
@@ -61,58 +234,32 @@ class Distribution:
 
     @classmethod
     def of(cls, x: Tensor, channel_axis: int | None = None) -> Distribution:
-        """That of all values of a tensor, or of each channel along an axis.
-
-        Where there are more than a million of them they are put into bins, a 262,144th of their
-        range wide, that have the exact sums of what is in them.
-        """
+        """That of all values of a tensor, or of each channel along an axis."""
         x = x.detach()
         rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
         computing = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if rows.shape[1] > _MANY_VALUES:
-            return cls._of_bins(rows)
         return cls(rows.to(computing).sort(dim=1).values)
 
-    @classmethod
-    def _of_bins(cls, rows: Tensor) -> Distribution:
-        channels = len(rows)
-        lowest, highest = (end.double()[:, None] for end in torch.aminmax(rows, dim=1))
-        width = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny) / _FINE_BINS
-        sums = rows.new_zeros(3, channels * _FINE_BINS, dtype=torch.float64)
-        offsets = torch.arange(channels, device=rows.device)[:, None] * _FINE_BINS
-        for part in rows.split(max(1, _AT_ONCE // channels), dim=1):
-            values = part.double()
-            places = ((values - lowest) / width).long().clamp_(0, _FINE_BINS - 1) + offsets
-            for total, power in zip(sums, range(3), strict=True):
-                total.index_add_(0, places.flatten(), values.pow(power).flatten())
-        sums = sums.reshape(3, channels, _FINE_BINS)
-        middles = lowest + (torch.arange(_FINE_BINS, device=rows.device) + 0.5) * width
-        found = object.__new__(cls)
-        found.values = torch.where(sums[0] > 0, sums[1] / sums[0], middles)
-        found.values[:, :1], found.values[:, -1:] = lowest, highest
-        found._sums = _from_the_left(sums)
-        return found
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value, ``[channels]`` each, float64."""
+        return self.values[:, 0], self.values[:, -1]
+
+    @property
+    def few(self) -> bool:
+        """Whether a channel has so few values that single ones matter."""
+        return self.values.shape[1] <= _FEW
 
     @property
     def mean_magnitude(self) -> Tensor:
-        """The mean of ``|x|``, ``[channels]``."""
+        """The mean of ``|x|``, ``[channels]``, float64."""
         total = self._sums[:, :, -1]
         place = torch.searchsorted(self.values, torch.zeros_like(self.values[:, :1]))
         below = self._sums[1].gather(1, place).squeeze(1)
         return (total[1] - 2 * below) / total[0]
 
-    def no_clipping(self, quant_min: int, quant_max: int) -> Tensor:
-        """The least step size at which no value lies outside the range, ``[channels]``."""
-        return self._covering(self.values[:, 0], self.values[:, -1], quant_min, quant_max)
-
     def percentile(self, share: float, quant_min: int, quant_max: int) -> Tensor:
-        """The least step size at which this share of the values lies in the range.
-
-        As much is left out on either side where the range has two.
-
-        Returns:
-            ``[channels]``.
-        """
+        """The least step size at which this share of the values lies in the range."""
         counted = self._sums[0, :, 1:]
         left_out = (1 - share) / (2 if quant_min < 0 else 1)
         total = counted[:, -1:]
@@ -122,7 +269,7 @@ class Distribution:
         lowest, highest = (
             self.values.gather(1, place.clamp(max=last)).squeeze(1) for place in (low, high)
         )
-        return self._covering(lowest, highest, quant_min, quant_max)
+        return _covering(lowest, highest, quant_min, quant_max)
 
     def squared_error(self, scales: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """The sum of squared errors at step sizes.
@@ -140,64 +287,24 @@ class Distribution:
         error = squares - 2 * where * total + where.square() * count
         return error.sum(dim=2)
 
-    def least_error(self, quant_min: int, quant_max: int) -> Tensor:
-        """The step size of the least squared error, ``[channels]``; 0 where all values are 0.
+    @property
+    def _candidates(self) -> int:
+        return 1024 if self.few else 96
 
-        It is sought among step sizes in equal ratios, from one that clips most values to one that
-        clips none, and then twice between the neighbours of the best. Each that is tried says which
-        values are nearest to which level q, and for these the best step size is known,
-        ``sum(q * x) / sum(q^2)``; that is what is compared, and found. Where there are many levels
-        the first search takes what is rounded for noise of variance ``scale^2 / 12``; above 1,024
-        levels all of them do.
-        """
-        high = self.no_clipping(quant_min, quant_max)
-        low = torch.minimum(high, self.mean_magnitude / (2 * max(quant_max, -quant_min)))
-        nothing = ~(low > 0)
-        low, high = (torch.where(nothing, torch.ones_like(end), end) for end in (low, high))
-        few = self.values.shape[1] <= _FEW
-        high = 2 * high if few else high  # a few values may lie on coarser levels by chance
-        found = high
-        least = torch.full_like(found, math.inf)
-        levels = quant_max - quant_min + 1
-        first = _CANDIDATES_OF_FEW if few else _CANDIDATES
-        for refines, candidates in enumerate((first, _REFINED, _REFINED)):
-            steps = torch.linspace(0, 1, candidates, dtype=torch.float64, device=low.device)
-            tried = low[:, None] * (high / low)[:, None] ** steps
-            apart = levels < (_MOST_LEVELS if few or refines else _MANY_LEVELS)
-            scales, errors = self._improved(tried, quant_min, quant_max, apart=apart)
-            best = errors.argmin(dim=1, keepdim=True)
-            error, scale = (every.gather(1, best).squeeze(1) for every in (errors, scales))
-            if refines == 0 and not apart:
-                found = scale  # its error is another measure than that of the next ones
-            else:
-                found = torch.where(error < least, scale, found)
-                least = torch.minimum(error, least)
-            low, high = (
-                tried.gather(1, (best + side).clamp(0, candidates - 1)).squeeze(1)
-                for side in (-1, 1)
-            )
-        return torch.where(nothing, torch.zeros_like(found), found)
+    def _looks_at_values(self, levels: int, refines: int) -> bool:
+        return levels < (_MOST_LEVELS if self.few or refines else _MANY_LEVELS)
 
     def _improved(
-        self, tried: Tensor, quant_min: int, quant_max: int, *, apart: bool
+        self, tried: Tensor, quant_min: int, quant_max: int, *, exactly: bool
     ) -> tuple[Tensor, Tensor]:
-        """The best step sizes for what those that are tried round to, and their errors.
-
-        Where levels are not looked at apart: the step sizes that were tried.
-        """
-        looked_up = quant_max - quant_min if apart else 2
-        rounding = apart and self.values.shape[1] <= min(_FEW, _VALUES_OF_A_LOOKUP * looked_up)
-        looked_up = self.values.shape[1] if rounding else looked_up
-        rows = max(1, _MOST_LOOKUPS // (tried.shape[1] * looked_up))
+        rows = max(1, _MOST_LOOKUPS // (tried.shape[1] * (quant_max - quant_min if exactly else 2)))
         parts = []
         for start, part in zip(range(0, len(tried), rows), tried.split(rows), strict=True):
             own = self._rows(start, start + rows)
-            if not apart:
+            if not exactly:
                 parts.append((part, own._squared_error_of_noise(part, quant_min, quant_max)))
                 continue
-            along, across = (own._rounded if rounding else own._looked_up)(
-                part, quant_min, quant_max
-            )
+            along, across = own._looked_up(part, quant_min, quant_max)
             scale = torch.where(along > 0, along / across, part)
             error = own._sums[2, :, -1:] - scale * (2 * along - scale * across)
             parts.append((scale, error))
@@ -208,14 +315,6 @@ class Distribution:
         """``sum(q * x)`` and ``sum(q^2)`` of what values round to, ``[channels, m]``, by levels."""
         count, total, _, q = self._by_level(scales, quant_min, quant_max)
         return (q * total).sum(dim=2), (q.square() * count).sum(dim=2)
-
-    def _rounded(self, scales: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-        """The same, value by value."""
-        q = (self.values[:, None] / scales.double()[..., None]).round_()
-        q = q.clamp_(quant_min, quant_max)
-        counts = torch.diff(self._sums[0], dim=1)
-        along = torch.einsum("cmn,cn->cm", q, counts * self.values)
-        return along, torch.einsum("cmn,cn->cm", q.square_(), counts)
 
     def _squared_error_of_noise(self, scales: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """The squared error where what is rounded is noise, and what is clipped counts exactly."""
@@ -258,10 +357,16 @@ class Distribution:
         part.values, part._sums = self.values[start:stop], self._sums[:, start:stop]
         return part
 
-    @staticmethod
-    def _covering(lowest: Tensor, highest: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        least = highest.clamp(min=0) / quant_max
-        return torch.maximum(least, (-lowest).clamp(min=0) / -quant_min) if quant_min else least
+
+def _covering(lowest: Tensor, highest: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """The least step size at which values from the lowest to the highest are in the range."""
+    least = highest.clamp(min=0) / quant_max
+    return torch.maximum(least, (-lowest).clamp(min=0) / -quant_min) if quant_min else least
+
+
+def _norm(rows: Tensor, power: int) -> Tensor:
+    """The norm of each row, summed in float64."""
+    return torch.linalg.vector_norm(rows, power, dim=1, dtype=torch.float64)
 
 
 def _from_the_left(terms: Tensor) -> Tensor:
@@ -269,7 +374,9 @@ def _from_the_left(terms: Tensor) -> Tensor:
     return torch.cat([terms.new_zeros((*terms.shape[:2], 1)), terms.cumsum(dim=2)], dim=2)
 
 
-def start_scales(found: Distribution, rule: ScaleStart, quant_min: int, quant_max: int) -> Tensor:
+def start_scales(
+    found: Values | Distribution, rule: ScaleStart, quant_min: int, quant_max: int
+) -> Tensor:
     """Where the step sizes of these values begin, ``[channels]``; 0 where all values are 0.
 
     Args:

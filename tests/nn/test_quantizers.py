@@ -10,7 +10,7 @@ from limpq_ext.nn.quantizers import (
     WeightQuantizer,
     weight_start_scale,
 )
-from limpq_ext.nn.start_values import Distribution, Histogram, start_scales
+from limpq_ext.nn.start_values import Distribution, Histogram, Values, start_scales
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_activation_start_values_come_from_the_first_training_batch(signed):
 def test_weights_begin_by_the_rule(rule, per_channel):
     weight = torch.randn(8, 4, 3, 3)
     quantizer = WeightQuantizer(weight, (2, 5), per_channel=per_channel, scale_start=rule)
-    found = Distribution.of(weight, 0 if per_channel else None)
+    found = Values(weight, 0 if per_channel else None)
     for scale, (low, high) in zip(quantizer.scale, ((-2, 1), (-16, 15)), strict=True):
         wanted = start_scales(found, rule, low, high).float()
         torch.testing.assert_close(scale.detach().reshape(-1), wanted)

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from limpq_ext.kernels.ops import thresholds
-from limpq_ext.nn import start_values
-from limpq_ext.nn.start_values import Distribution, Histogram
+from limpq_ext.nn.start_values import Distribution, Histogram, Values
 
 RANGES = [
     thresholds(bits, signed=signed, symmetric=symmetric)
     for bits in (2, 3, 4, 6, 8)
     for signed, symmetric in ((False, False), (True, False), (True, True))
 ]
+
+
+OF_VALUES = pytest.mark.parametrize("of", [Distribution.of, Values])
 
 
 def plain_error(x, scale, quant_min, quant_max):
@@ -44,9 +46,12 @@ def test_the_error_of_a_step_size_is_that_of_the_definition(kind, quant_min, qua
 @pytest.mark.parametrize(("quant_min", "quant_max"), RANGES)
 @pytest.mark.parametrize("kind", ["normal", "relu", "outliers"])
 @pytest.mark.parametrize("count", [1, 9, 300, 5000])
-def test_no_step_size_of_a_fine_grid_has_a_much_smaller_error(kind, count, quant_min, quant_max):
+@OF_VALUES
+def test_no_step_size_of_a_fine_grid_has_a_much_smaller_error(
+    of, kind, count, quant_min, quant_max
+):
     x = samples(kind, count, seed=count)
-    found = Distribution.of(x).least_error(quant_min, quant_max)
+    found = of(x).least_error(quant_min, quant_max)
     if not bool((x if quant_min else x.relu()).any()):
         assert found == 0
         return
@@ -60,50 +65,67 @@ def test_no_step_size_of_a_fine_grid_has_a_much_smaller_error(kind, count, quant
     assert error <= best * (1.2 if quant_max > 100 else 1.03) + 1e-6 * float(x.square().sum())
 
 
-@pytest.mark.parametrize("count", [1, 9, 120])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_few_values_that_are_rounded_find_what_levels_find(monkeypatch, count, bits):
+@pytest.mark.parametrize("count", [1, 9, 120, 5000])
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_values_as_they_are_find_what_their_distribution_finds(count, bits):
     weight = torch.randn(4, count, generator=torch.Generator().manual_seed(bits))
-    quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    rounded = Distribution.of(weight, channel_axis=0).least_error(quant_min, quant_max)
-    monkeypatch.setattr(start_values, "_VALUES_OF_A_LOOKUP", 0)
-    looked_up = Distribution.of(weight, channel_axis=0).least_error(quant_min, quant_max)
-    torch.testing.assert_close(rounded, looked_up, rtol=1e-12, atol=0)
+    levels = thresholds(bits, signed=True)
+    found = Values(weight, channel_axis=0).least_error(*levels)
+    expected = Distribution.of(weight, channel_axis=0).least_error(*levels)
+    for row, scale, other in zip(weight.double(), found, expected, strict=True):
+        errors = [plain_error(row, float(each), *levels) for each in (scale, other)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02, abs=1e-9)
 
 
-def test_channels_are_sought_each_for_itself():
-    weight = torch.stack([samples("normal", 50), samples("outliers", 50)])
-    together = Distribution.of(weight.T, channel_axis=1).least_error(-4, 3)
-    alone = [float(Distribution.of(row).least_error(-4, 3)) for row in weight]
-    assert together.tolist() == alone
+@OF_VALUES
+def test_the_ends_and_the_mean_magnitude_are_those_of_the_values(of):
+    x = samples("outliers", 4 * 70).reshape(4, 70)
+    found = of(x.T, 1)
+    assert torch.equal(torch.stack(found.ends), torch.stack([x.amin(1), x.amax(1)]))
+    torch.testing.assert_close(found.mean_magnitude, x.abs().mean(1), rtol=1e-12, atol=0)
 
 
-def test_values_of_zero_have_no_step_size():
-    assert Distribution.of(torch.zeros(3, 5), channel_axis=0).least_error(-2, 1).tolist() == [0] * 3
+@OF_VALUES
+@pytest.mark.parametrize("count", [50, 80])
+def test_channels_are_sought_each_for_itself(of, count):
+    weight = torch.stack([samples("normal", count), samples("outliers", count)])
+    together = of(weight.T, channel_axis=1).least_error(-4, 3)
+    alone = [float(of(row).least_error(-4, 3)) for row in weight]
+    assert together.tolist() == pytest.approx(alone, rel=1e-12)
 
 
-def test_the_largest_value_is_just_not_clipped():
+@OF_VALUES
+def test_values_of_zero_have_no_step_size(of):
+    weight = torch.zeros(3, 5)
+    weight[1] = 1.5
+    found = of(weight, channel_axis=0).least_error(-2, 1).tolist()
+    assert found[::2] == [0, 0]
+    assert plain_error(torch.full((1,), 1.5), found[1], -2, 1) < 1e-10
+
+
+@OF_VALUES
+def test_the_largest_value_is_just_not_clipped(of):
     x = torch.tensor([-3.0, 1.0, 2.0])
-    found = Distribution.of(x)
+    found = of(x)
     assert found.no_clipping(-8, 7).tolist() == [3 / 8]
     assert found.no_clipping(0, 15).tolist() == [2 / 15]
 
 
 @pytest.mark.parametrize(("quant_min", "quant_max"), [(0, 15), (-8, 7)])
-def test_the_percentile_leaves_out_its_share(quant_min, quant_max):
+@OF_VALUES
+def test_the_percentile_leaves_out_its_share(of, quant_min, quant_max):
     x = samples("normal", 100_000) if quant_min else samples("relu", 100_000)
-    scale = float(Distribution.of(x).percentile(0.99, quant_min, quant_max))
+    scale = float(of(x).percentile(0.99, quant_min, quant_max))
     outside = (x > scale * quant_max) | (x < scale * quant_min)
     assert 0.004 < float(outside.double().mean()) < 0.0101
 
 
 @pytest.mark.parametrize("bits", [10, 12, 16])
-def test_many_levels_are_close_to_what_the_levels_give(bits):
+@OF_VALUES
+def test_many_levels_are_close_to_what_the_levels_give(of, bits):
     x = samples("outliers", 2000)
     quant_min, quant_max = thresholds(bits, signed=True)
-    error = plain_error(
-        x, float(Distribution.of(x).least_error(quant_min, quant_max)), quant_min, quant_max
-    )
+    error = plain_error(x, float(of(x).least_error(quant_min, quant_max)), quant_min, quant_max)
     grid = float(x.abs().max()) / quant_max * torch.linspace(0.2, 1, 200)
     assert error < 1.1 * min(plain_error(x, float(s), quant_min, quant_max) for s in grid)
 
@@ -148,29 +170,3 @@ def test_zeros_alone_are_counted_and_have_no_step_size():
     assert histogram.distribution().least_error(0, 15) == 0
     histogram.add(torch.ones(10))
     assert histogram.distribution().least_error(0, 1) == pytest.approx(1, rel=1e-3)
-
-
-@pytest.mark.parametrize(("quant_min", "quant_max"), RANGES)
-@pytest.mark.parametrize("kind", ["normal", "relu", "outliers"])
-def test_many_values_are_put_into_bins_that_give_the_same(monkeypatch, kind, quant_min, quant_max):
-    x = torch.stack([samples(kind, 6001), 3 * samples(kind, 6001, seed=1)])
-    plain = Distribution.of(x, 0)
-    monkeypatch.setattr(start_values, "_MANY_VALUES", 6000)
-    monkeypatch.setattr(start_values, "_AT_ONCE", 5000)
-    binned = Distribution.of(x, 0)
-    assert binned.values.shape == (2, start_values._FINE_BINS)
-    levels = quant_min, quant_max
-    assert torch.equal(binned.no_clipping(*levels), plain.no_clipping(*levels))
-    torch.testing.assert_close(binned.mean_magnitude, plain.mean_magnitude, rtol=1e-4, atol=0)
-    scales = binned.least_error(*levels)[:, None]
-    errors = [found.squared_error(scales, *levels) for found in (binned, plain)]
-    torch.testing.assert_close(*errors, rtol=1e-3, atol=0)
-    least = plain.squared_error(plain.least_error(*levels)[:, None], *levels)
-    torch.testing.assert_close(errors[1], least, rtol=1e-2, atol=0)
-
-
-def test_many_values_that_are_all_the_same_begin_as_few_do(monkeypatch):
-    monkeypatch.setattr(start_values, "_MANY_VALUES", 100)
-    assert Distribution.of(torch.zeros(1000)).least_error(0, 7) == 0
-    found = Distribution.of(torch.full((1000,), 1.5)).least_error(0, 7)
-    assert plain_error(torch.full((1,), 1.5), float(found), 0, 7) < 1e-10
