@@ -78,7 +78,7 @@ SCORES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "activation_variance": ("activation_variance", {}),
     "relevance": ("relevance", {}),
     "relevance_sensitivity": ("relevance_sensitivity", {}),
-    "loss_aware": ("loss_aware", {"steps": JOINT_STEPS}),
+    "loss_aware": ("loss_aware", {}),
 }
 """What a table calls a score -> its function in `limpq_ext.scores`, and options of it."""
 

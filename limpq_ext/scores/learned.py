@@ -38,7 +38,7 @@ def learned(
     bits: Sequence[int] = (2, 3, 4, 5, 6),
     *,
     kind: LearnedKind = "loss_aware",
-    steps: int = 40,
+    steps: int | None = None,
     lr: float | None = None,
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     seed: int = 0,
@@ -59,9 +59,10 @@ def learned(
             magnitude of what it quantizes, which LSQ's start values are proportional to.
             "loss_aware" (ours): what the errors at each bit-width add to the loss of the branch at
             the highest one, see :meth:`JointTrainer.sensitivities`.
-        steps: Joint steps. The first one gives step sizes their start, and measures nothing.
-        lr: Learning rate; None: 0.01, and 0.001 for "loss_aware", which so stays near the float
-            network.
+        steps: Joint steps; None: 40, and 16 for "loss_aware". The first one gives step sizes their
+            start, and measures nothing.
+        lr: Learning rate; None: 0.01, and 0 for "loss_aware", whose errors and gradients then stay
+            those near the float network.
         loss_fn: ``loss_fn(output, target)``, for "loss_aware" the mean over the samples of a batch.
         seed: Of the bits of the random branch.
         scale_start: Where step sizes begin, as for :func:`limpq_ext.prepare`.
@@ -77,7 +78,9 @@ def learned(
         NonFiniteError: A loss or gradient is NaN or infinite.
     """
     _check_kind(kind)
-    fewest = 2 if kind == "loss_aware" else 1
+    aware = kind == "loss_aware"
+    steps = (16 if aware else 40) if steps is None else steps
+    fewest = 2 if aware else 1
     if steps < fewest:
         raise ValueError(f"steps is {steps}, expected {fewest} or more")
     device = device_of(model)
@@ -90,10 +93,10 @@ def learned(
     ).requires_grad_(True)
     trainer = JointTrainer(
         prepared,
-        make_optimizer(prepared, lr=_rate(kind) if lr is None else lr),
+        make_optimizer(prepared, lr=(0.0 if aware else 0.01) if lr is None else lr),
         loss_fn,
         seed=seed,
-        sensitivity_every=int(kind == "loss_aware"),
+        sensitivity_every=int(aware),
     )
     for x, target in itertools.islice(itertools.cycle(batches), steps):
         trainer.step(x, target)
@@ -148,10 +151,6 @@ def learned_by(
         indicators = _normalised(indicators, trainer.model, batches)
     meta = {**indicators.meta, "score": "learned", "kind": kind}
     return dataclasses.replace(indicators, meta=meta)
-
-
-def _rate(kind: LearnedKind) -> float:
-    return 0.001 if kind == "loss_aware" else 0.01
 
 
 def _check_kind(kind: str) -> None:

@@ -43,7 +43,7 @@ METHODS: Final[Mapping[str, Method]] = {
         loss_aware,
         "after arXiv 2203.08368",
         "targets, gradients",
-        "40 batches, bits + 1 forwards and backwards of each",
+        "16 batches, bits + 1 forwards and backwards of each",
     ),
     "fisher": Method(
         fisher,

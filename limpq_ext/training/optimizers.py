@@ -34,7 +34,7 @@ def make_optimizer(
     Args:
         model: Whose parameters that need a gradient it takes.
         optimizer: "sgd" or "adamw".
-        lr: Learning rate, above 0.
+        lr: Learning rate, at least 0.
         momentum: Of SGD.
         weight_decay: At least 0.
 
