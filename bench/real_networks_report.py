@@ -81,6 +81,11 @@ class Results:
         """The networks that have results."""
         return list(dict.fromkeys(key[0] for key in self._found))
 
+    def commits(self) -> list[str]:
+        """Those at which they were measured."""
+        found = (result.get("commit") for result in self._found.values())
+        return list(dict.fromkeys(commit for commit in found if commit))
+
     def budgets(self, network: str, what: str) -> list[str]:
         """The budgets that have results of a kind."""
         return list(dict.fromkeys(k[3] for k in self._found if k[:2] == (network, what)))
@@ -252,7 +257,8 @@ def page(
         results: What was measured.
         scores: Network -> score -> its indicators.
     """
-    commit = (run["commit"] or "unknown")[:12] + (" with changes" if run["dirty"] else "")
+    commits = results.commits() or [run["commit"] or "unknown"]
+    commit = ", ".join(one[:12] for one in commits) + (" with changes" if run["dirty"] else "")
     lines = [
         "# Scores on networks whose layers differ",
         "",

@@ -150,7 +150,7 @@ def describe_run(device: str, **settings: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
@@ -162,6 +162,11 @@ def describe_run(device: str, **settings: Any) -> dict[str, Any]:
         },
     }
     return described | settings
+
+
+def commit() -> str:
+    """The commit of the working tree; "" where it has none."""
+    return _git("rev-parse", "HEAD")
 
 
 def machine_kind(device: str) -> str:

@@ -20,10 +20,16 @@ sys.path.append(str(Path(__file__).parents[2]))  # bench/ is not installed
 
 from PIL import Image
 
-from bench import photographs, real_networks, real_networks_report
+from bench import (
+    networks,
+    photographs,
+    real_networks,
+    real_networks_report,
+    real_networks_study,
+)
 from bench.accuracy import random_scores
 from bench.real_networks_report import NotThereYet, Results
-from limpq_ext import profile
+from limpq_ext import Indicators, profile
 
 RUN = {
     "commit": "0123456789abcdef",
@@ -107,7 +113,7 @@ def test_what_is_transparent_becomes_light_grey(tmp_path):
 def test_weights_are_taken_in_the_order_of_definition():
     theirs = {f"their.{name}": value + 1 for name, value in small().state_dict().items()}
     own = small()
-    own.load_state_dict(real_networks.in_order(theirs, own.state_dict()))
+    own.load_state_dict(networks.in_order(theirs, own.state_dict()))
     assert torch.equal(own[0].weight, theirs["their.0.weight"])
 
 
@@ -115,22 +121,22 @@ def test_weights_of_another_network_are_refused():
     own = small().state_dict()
     fewer = dict(list(own.items())[:-1])
     with pytest.raises(ValueError, match=f"{len(fewer)} tensors"):
-        real_networks.in_order(fewer, own)
+        networks.in_order(fewer, own)
     with pytest.raises(ValueError, match=r"'0\.weight' is \(1,\), '0\.weight' in its place"):
-        real_networks.in_order({**own, "0.weight": torch.ones(1)}, own)
+        networks.in_order({**own, "0.weight": torch.ones(1)}, own)
 
 
 def test_without_the_downloads_the_setup_script_is_named(tmp_path):
     (tmp_path / "unpacked").mkdir()
     with pytest.raises(FileNotFoundError, match="real_networks_setup"):
-        real_networks.photographs(tmp_path)
+        networks.photographs(tmp_path)
     pytest.importorskip("timm")
     with pytest.raises(FileNotFoundError, match="real_networks_setup"):
-        real_networks.efficientnet_lite(tmp_path, 0)
+        networks.efficientnet_lite(tmp_path, 0)
 
 
 def test_the_transformer_is_quantized_in_every_block():
-    model = real_networks.SmallTransformer(5, dim=12, depth=2, heads=3)
+    model = networks.SmallTransformer(5, dim=12, depth=2, heads=3)
     costs = profile(model, torch.randn(2, 3, 32, 32))
     names = {layer.name for layer in costs.layers}
     assert names == {
@@ -138,10 +144,10 @@ def test_the_transformer_is_quantized_in_every_block():
     }
 
 
-@pytest.mark.parametrize("budget", real_networks.BUDGETS, ids=lambda budget: budget.name)
+@pytest.mark.parametrize("budget", real_networks_study.BUDGETS, ids=lambda budget: budget.name)
 @pytest.mark.parametrize("draw", range(3))
 def test_random_policies_use_nearly_all_of_a_budget(budget, draw):
-    study = object.__new__(real_networks.Study)
+    study = object.__new__(real_networks_study.Study)
     study.costs = profile(small(), torch.zeros(1, 3, 16, 16))
     policy = study.policy(f"random {draw}", budget)
     bits = policy.bits()
@@ -150,28 +156,28 @@ def test_random_policies_use_nearly_all_of_a_budget(budget, draw):
         for place, layer in enumerate(study.costs.layers)
     )
     limit = budget.limit(study.costs)
-    assert real_networks.KEPT * limit <= used <= limit
+    assert real_networks_study.KEPT * limit <= used <= limit
 
 
 def test_random_policies_differ_between_budgets_and_draws():
-    study = object.__new__(real_networks.Study)
+    study = object.__new__(real_networks_study.Study)
     study.costs = profile(small(), torch.zeros(1, 3, 16, 16))
-    found = [study.policy(f"random {draw}", real_networks.BUDGETS[2]) for draw in range(6)]
+    found = [study.policy(f"random {draw}", real_networks_study.BUDGETS[2]) for draw in range(6)]
     assert len({policy.layers for policy in found}) > 1
-    assert found[0] == study.policy("random 0", real_networks.BUDGETS[2])
+    assert found[0] == study.policy("random 0", real_networks_study.BUDGETS[2])
 
 
 # --- tasks --------------------------------------------------------------------------------------
 
 
 def test_every_task_has_a_key_of_its_own():
-    tasks = real_networks.all_tasks(real_networks.NETWORKS, random_draws=3)
+    tasks = real_networks_study.all_tasks(networks.NETWORKS, random_draws=3)
     assert len({task.key for task in tasks}) == len(tasks)
     assert sum(task.score.startswith("random") for task in tasks) == 3 * 5 * 4
 
 
 def test_every_score_of_the_table_is_one_of_the_package():
-    for function, _ in real_networks.SCORES.values():
+    for function, _ in real_networks_study.SCORES.values():
         assert callable(getattr(scores, function))
 
 
@@ -189,7 +195,7 @@ class Fake:
 
 def test_a_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(real_networks, "Study", Fake)
-    tasks = real_networks.all_tasks(["lite0"], random_draws=1)
+    tasks = real_networks_study.all_tasks(["lite0"], random_draws=1)
     results = Results(tmp_path / "results.jsonl")
     real_networks.run(tasks[:3], tmp_path, results, within=100)
     again = Results(tmp_path / "results.jsonl")
@@ -203,21 +209,21 @@ def test_a_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
 def test_nothing_begins_after_the_time(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(real_networks, "Study", Fake)
     results = Results(tmp_path / "results.jsonl")
-    real_networks.run(real_networks.all_tasks(["lite0"]), tmp_path, results, within=-1)
+    real_networks.run(real_networks_study.all_tasks(["lite0"]), tmp_path, results, within=-1)
     assert results.lines() == []
     assert "no time is left" in capsys.readouterr().out
 
 
 def test_only_picks_tasks_by_their_names(tmp_path):
     results = Results(tmp_path / "results.jsonl")
-    tasks = real_networks.all_tasks(["lite0", "lite1"])
+    tasks = real_networks_study.all_tasks(["lite0", "lite1"])
     picked = real_networks.missing(tasks, results, "lite1: calibrated: uniform")
     assert {(task.network, task.score) for task in picked} == {("lite1", "uniform")}
 
 
 def test_the_plan_says_the_time_of_what_was_measured(tmp_path):
     results = Results(tmp_path / "results.jsonl")
-    tasks = real_networks.all_tasks(["lite0"], random_draws=0)
+    tasks = real_networks_study.all_tasks(["lite0"], random_draws=0)
     results.add(tasks[0].key, {"cpu_seconds": 3.0})
     calibrated = [task for task in tasks if task.what == "calibrated"]
     results.add(calibrated[0].key, {"cpu_seconds": 36.0})
@@ -237,29 +243,29 @@ def study(tmp_path, monkeypatch):
     model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
     x = torch.randn(48, 3, 8, 8)
     labels = model(x).argmax(1)
-    images = real_networks.Images(x[:32], labels[:32], x[32:], labels[32:])
-    monkeypatch.setattr(real_networks, "network", lambda name, folder: (model, images))
+    images = networks.Images(x[:32], labels[:32], x[32:], labels[32:])
+    monkeypatch.setattr(real_networks_study, "network", lambda name, folder: (model, images))
     for name, value in (
         ("SCORE_BATCH", 8), ("CALIBRATION_IMAGES", 16), ("CHOICE_IMAGES", 8), ("JOINT_STEPS", 5),
         ("TUNED_STEPS", 6), ("REFINE_STEPS", 2),
     ):  # fmt: skip
-        monkeypatch.setattr(real_networks, name, value)
-    tuning = real_networks.Tuning(batch=8, size=6, lr=0.01)
-    monkeypatch.setitem(real_networks.TUNING, "tiny", tuning)
+        monkeypatch.setattr(real_networks_study, name, value)
+    tuning = real_networks_study.Tuning(batch=8, size=6, lr=0.01)
+    monkeypatch.setitem(real_networks_study.TUNING, "tiny", tuning)
     results = Results(tmp_path / "results.jsonl")
-    return real_networks.Study("tiny", tmp_path, results)
+    return real_networks_study.Study("tiny", tmp_path, results)
 
 
 def test_a_network_goes_through_all_that_is_measured(study):
-    budget = real_networks.BUDGETS[2].name
+    budget = real_networks_study.BUDGETS[2].name
     for score in ("fisher", "layerwise", "learned"):
-        assert study.run(real_networks.Task("tiny", "score", score))["seconds"] > 0
+        assert study.run(real_networks_study.Task("tiny", "score", score))["seconds"] > 0
     assert study.indicators("learned, normalised") == study.indicators("learned").normalised()
     ways = ("uniform", "fisher", "layerwise", "learned", "negated fisher", "random 0")
-    assert set(ways) <= set(real_networks.ways(real_networks.BUDGETS[2], 1))
+    assert set(ways) <= set(real_networks_study.ways(real_networks_study.BUDGETS[2], 1))
     for way in ways:
-        for own in real_networks.BUDGETS[2:]:
-            task = real_networks.Task("tiny", "calibrated", way, own.name)
+        for own in real_networks_study.BUDGETS[2:]:
+            task = real_networks_study.Task("tiny", "calibrated", way, own.name)
             result = study.run(task)
             assert 0 <= result["agreement"] <= 1
             assert result["kl"] > 0
@@ -267,7 +273,7 @@ def test_a_network_goes_through_all_that_is_measured(study):
     told = {way: r["bitops"] for way, r in study.results.of("tiny", "calibrated", budget).items()}
     assert max(told.values()) <= told["uniform"]
     for way in ("uniform", "best", "second best"):
-        result = study.run(real_networks.Task("tiny", "tuned", way, budget, 1))
+        result = study.run(real_networks_study.Task("tiny", "tuned", way, budget, 1))
         assert result["steps"] == 8
         assert result["accuracy"] <= 1
     assert {"fisher", "layerwise"} == set(study.results.best_scores("tiny", budget))
@@ -275,27 +281,31 @@ def test_a_network_goes_through_all_that_is_measured(study):
 
 def test_policies_that_need_a_score_wait_for_it(study):
     with pytest.raises(NotThereYet, match="no score 'fisher' of tiny"):
-        study.run(real_networks.Task("tiny", "calibrated", "fisher", real_networks.BUDGETS[0].name))
+        study.run(
+            real_networks_study.Task(
+                "tiny", "calibrated", "fisher", real_networks_study.BUDGETS[0].name
+            )
+        )
 
 
 def test_start_values_differ_by_rule_and_treatment(study):
-    budget = real_networks.BUDGETS[2].name
+    budget = real_networks_study.BUDGETS[2].name
     found = {
         (start, treatment): study.run(
-            real_networks.Task("tiny", "start", f"{start}, {treatment}", budget)
+            real_networks_study.Task("tiny", "start", f"{start}, {treatment}", budget)
         )["kl"]
         for start in ("mse", "lsq")
-        for treatment in real_networks.TREATMENTS
+        for treatment in real_networks_study.TREATMENTS
     }
     assert len(set(found.values())) == len(found)
-    calibrated = study.run(real_networks.Task("tiny", "calibrated", "uniform", budget))["kl"]
+    calibrated = study.run(real_networks_study.Task("tiny", "calibrated", "uniform", budget))["kl"]
     assert found["mse", "corrected"] == pytest.approx(calibrated, rel=1e-5)
 
 
 def test_start_values_are_found_once(study, monkeypatch):
     scales = [p for name, p in study.prepared.named_parameters() if name.endswith("scale")]
-    again = real_networks.Study("tiny", study.folder, study.results)
-    monkeypatch.setattr(real_networks.lq, "calibrate", None)
+    again = real_networks_study.Study("tiny", study.folder, study.results)
+    monkeypatch.setattr(real_networks_study.lq, "calibrate", None)
     kept = [p for name, p in again.prepared.named_parameters() if name.endswith("scale")]
     assert all(torch.equal(one, other) for one, other in zip(scales, kept, strict=True))
 
@@ -349,8 +359,8 @@ def filled(tmp_path, costs, scores, *, kl=0.2, agreement=0.6):
     told = {"layers": layers, "mean_largest_probability": 0.7, "agreement": 1.0, "kl": 0.0}
     results.add(("lite0", "float", "float", "", "0"), told)
     results.add(("lite0", "score", "fisher", "", "0"), {"seconds": 12.3})
-    budget = real_networks.BUDGETS[2]
-    study = object.__new__(real_networks.Study)
+    budget = real_networks_study.BUDGETS[2]
+    study = object.__new__(real_networks_study.Study)
     study.costs = costs
     for draw in range(8):
         policy = study.policy(f"random {draw}", budget)
@@ -374,7 +384,7 @@ def costs():
 
 
 def test_targets_are_met_by_a_score_that_predicts(tmp_path, costs):
-    scores = random_scores(costs, real_networks.BITS, 3)
+    scores = random_scores(costs, real_networks_study.BITS, 3)
     results = filled(tmp_path, costs, scores)
     rows = real_networks_report.targets(results, {"lite0": {"fisher": scores}})
     assert [row[0].split(": ")[1] for row in rows] == [
@@ -385,8 +395,8 @@ def test_targets_are_met_by_a_score_that_predicts(tmp_path, costs):
 
 
 def test_targets_are_missed_by_a_policy_like_uniform(tmp_path, costs):
-    scores = random_scores(costs, real_networks.BITS, 3)
-    other = random_scores(costs, real_networks.BITS, 4)
+    scores = random_scores(costs, real_networks_study.BITS, 3)
+    other = random_scores(costs, real_networks_study.BITS, 4)
     results = filled(tmp_path, costs, other, kl=0.3, agreement=0.49)
     rows = {row[0]: row for row in real_networks_report.targets(results, {"lite0": {}})}
     where = "lite0, BitOps of 4 bits"
@@ -396,7 +406,7 @@ def test_targets_are_missed_by_a_policy_like_uniform(tmp_path, costs):
 
 
 def test_the_page_has_every_number_in_its_place(tmp_path, costs):
-    scores = random_scores(costs, real_networks.BITS, 3)
+    scores = random_scores(costs, real_networks_study.BITS, 3)
     results = filled(tmp_path, costs, scores)
     text = real_networks_report.page(RUN, results, {"lite0": {"fisher": scores}})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
@@ -409,20 +419,39 @@ def test_the_page_has_every_number_in_its_place(tmp_path, costs):
 
 
 def test_results_are_recorded_with_their_page(tmp_path, costs):
-    scores = random_scores(costs, real_networks.BITS, 3)
+    scores = random_scores(costs, real_networks_study.BITS, 3)
     filled(tmp_path, costs, scores)
     scores.save(tmp_path / "lite0-fisher.json")
     path = tmp_path / "out" / "real_networks.json"
     path.parent.mkdir()
     assert real_networks.main(["--folder", str(tmp_path), "--record", str(path)]) == 0
     recorded = json.loads(path.read_text())
-    assert recorded["run"]["tuned_steps"] == real_networks.TUNED_STEPS
+    assert recorded["run"]["tuned_steps"] == real_networks_study.TUNED_STEPS
     assert len(recorded["results"]) == len(Results(tmp_path / "results.jsonl").lines())
     assert "1.00 (1.00 to 1.00)" in path.with_suffix(".md").read_text()
 
 
+def test_a_recorded_file_is_gone_on_from(tmp_path, costs):
+    scores = random_scores(costs, real_networks_study.BITS, 3)
+    filled(tmp_path, costs, scores)
+    scores.save(tmp_path / "lite0-fisher.json")
+    path, other = tmp_path / "recorded.json", tmp_path / "other"
+    other.mkdir()
+    Results(other / "results.jsonl").add(("lite0", "float", "float", "", "0"), {"kl": 0.5})
+    assert real_networks.main(["--folder", str(tmp_path), "--record", str(path)]) == 0
+    assert real_networks.main(["--folder", str(other), "--resume", str(path)]) == 0
+    ours, theirs = (Results(folder / "results.jsonl") for folder in (tmp_path, other))
+    assert theirs.of("lite0", "float") == {"float": {"kl": 0.5}}  # stays as it was
+    assert len(theirs.lines()) == len(ours.lines())
+    again = Indicators.load(other / "lite0-fisher.json")
+    for one, two in zip(again.layers, scores.layers, strict=True):
+        assert one.name == two.name
+        assert one.weight == pytest.approx(two.weight, rel=1e-4)
+        assert one.activation == pytest.approx(two.activation, rel=1e-4)
+
+
 def test_budgets_count_what_a_uniform_policy_uses(costs):
-    for budget in real_networks.BUDGETS:
+    for budget in real_networks_study.BUDGETS:
         bits = int(budget.bits)
         pair = (bits, budget.activation_bits if budget.by_size else bits)
         assert sum(budget.used(costs, pair)) == budget.limit(costs)
