@@ -149,6 +149,11 @@ class TrainingSection(_Training):
 class JointSection(TrainingSection):
     """Joint training of the indicators."""
 
+    indicators: Literal["step_sizes", "sensitivities"] = Field(
+        "step_sizes",
+        description="step_sizes, which LIMPQ takes; sensitivities: what errors add to the loss,"
+        " measured in the same steps",
+    )
     distill: bool = Field(False, description="the highest bit-width teaches the others")
     channels_last: bool = Field(False, description="memory format of weights and activations")
     compile: bool = Field(False, description="torch.compile what a branch runs")

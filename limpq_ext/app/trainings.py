@@ -75,7 +75,8 @@ def train_indicators(
         recording=recording,
         on_step=on_step,
     )
-    return trainer.indicators(), prepared
+    sensitive = options.indicators == "sensitivities"
+    return trainer.sensitivities() if sensitive else trainer.indicators(), prepared
 
 
 def make_joint_trainer(session: Session, prepared: nn.Module, meter: Meter) -> JointTrainer:
@@ -105,6 +106,7 @@ def make_joint_trainer(session: Session, prepared: nn.Module, meter: Meter) -> J
         share_stem=options.share_stem,
         drop_relu=options.drop_relu,
         on_branch=meter.add_branch,
+        sensitivity_every=int(options.indicators == "sensitivities"),
     )
 
 

@@ -40,6 +40,16 @@ def test_a_recipes_way_of_execution_gives_nearly_the_same_indicators(options):
                 assert getattr(ours, kind)[bits] == pytest.approx(value, rel=0.1), ours.name
 
 
+def test_a_recipe_may_take_the_sensitivities_of_the_same_training():
+    found, learned = indicators(indicators="sensitivities"), indicators()
+    assert found.meta["score"] == "loss_aware"
+    assert found.meta["measured_steps"] == learned.meta["steps"] - 1  # the first one starts scales
+    for ours, theirs in zip(found.layers, learned.layers, strict=True):
+        assert ours.name == theirs.name
+        for kind in ("weight", "activation"):
+            assert getattr(ours, kind)[2] > getattr(ours, kind)[4] > 0
+
+
 @pytest.mark.parametrize("key", ["weight_bank", "share_stem", "drop_relu"])
 def test_what_branches_share_can_be_switched_off_in_a_recipe(key, monkeypatch):
     trainers = []
