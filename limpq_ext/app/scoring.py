@@ -71,7 +71,7 @@ def _scores(session: Session, model: nn.Module, name: str) -> Indicators:
     recipe = session.recipe
     return method_named(name).function(
         model,
-        first_batches(session, recipe.scores.batch_size, recipe.scores.batches, 0),
+        first_batches(session, recipe.scores.batch_size, recipe.scores.batches),
         recipe.bits,
         fixed=recipe.quantization.fixed,
         **measuring(session),
@@ -134,7 +134,7 @@ def refine_policy(
         return refine(
             policy,
             model,
-            first_batches(session, scores.batch_size, scores.batches, 0),
+            first_batches(session, scores.batch_size, scores.batches),
             costs,
             indicators=indicators,
             held_out=other_batches(session),
@@ -151,9 +151,9 @@ def refine_policy(
 
 
 def other_batches(session: Session) -> list[Any]:
-    """Training batches that are not those which scores are measured on, but by chance."""
-    options = session.recipe.check
-    return first_batches(session, session.recipe.scores.batch_size, options.batches, 1)
+    """Training batches after those that scores are measured on."""
+    check, scores = session.recipe.check, session.recipe.scores
+    return first_batches(session, scores.batch_size, check.batches, scores.batches)
 
 
 def measuring(session: Session) -> Measuring:

@@ -138,9 +138,12 @@ def finetune_policy(
     quantized = session.quantize(start, policy).to(session.device)
     options = session.recipe.finetune
     if session.recipe.calibration != "off":
-        epoch = batches_of_epoch(_seeded_loader(session, options), 0)
-        batches = list(itertools.islice(epoch, options.calibration_batches))
         corrected = session.recipe.calibration == "correct"
+        # Statistics are estimated from images as training has them.
+        images = session.data.train.unaugmented() if corrected else session.data.train
+        session.seed(rank())
+        epoch = batches_of_epoch(_loader(session, images, options.batch_size), 0)
+        batches = list(itertools.islice(epoch, options.calibration_batches))
         calibrate(quantized, batches, reference=model if corrected else None)
     teacher = model if options.distill_weight else None
     _finetune(session, quantized, options, on_step=on_step, recording=recording, teacher=teacher)
@@ -170,22 +173,23 @@ def calibrated_network(session: Session, weights: Path, policy: Policy, batches:
 
 def _some_batches(session: Session, count: int) -> list[Any]:
     """The first training batches of the joint stage, whatever the number of processes."""
-    return first_batches(session, session.recipe.joint.batch_size, count, 0)
+    return first_batches(session, session.recipe.joint.batch_size, count)
 
 
-def first_batches(session: Session, batch_size: int, count: int, epoch: int) -> list[Any]:
-    """Batches of the images that indicators come from.
+def first_batches(session: Session, batch_size: int, count: int, skipped: int = 0) -> list[Any]:
+    """Batches of the images that indicators come from, without augmentation.
 
     Args:
         session: The recipe.
         batch_size: Samples in a batch, over all processes.
         count: The most that there are.
-        epoch: Its first ones.
+        skipped: Batches before them. Images come again where two epochs do not have so many.
     """
     session.seed(rank())
     part = session.data.train.part(session.recipe.data.fraction, session.recipe.data.seed)
-    loader = _loader(session, part, batch_size)
-    return list(itertools.islice(batches_of_epoch(loader, epoch), count))
+    loader = _loader(session, part.unaugmented(), batch_size)
+    batches = (batch for epoch in range(2) for batch in batches_of_epoch(loader, epoch))
+    return list(itertools.islice(batches, skipped, skipped + count))
 
 
 def _seeded_loader(session: Session, options: TrainingSection, fraction: float = 1.0) -> Any:

@@ -127,6 +127,7 @@ def load_data(data: str | DataOptions, *, scan_cache: Path | None = None, **chan
             chosen,
             training if split == "train" else evaluating,
             random=split == "train" and kind.augment != "none",
+            plain=evaluating,
             on_corrupt=given.on_corrupt,
         )
         for split, (images, chosen) in _split(

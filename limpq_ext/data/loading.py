@@ -30,6 +30,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         indices: Which of them.
         transform: From the decoded image to what the network reads; None where they are the same.
         random: Whether the transform draws random numbers.
+        plain: The transform that draws none, for :meth:`unaugmented`.
         on_corrupt: What happens where a file cannot be read: an error, or ("skip") the next one of
             these samples that can be takes its place, class and all.
 
@@ -44,6 +45,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         transform: Callable[[Tensor], Tensor] | None = None,
         *,
         random: bool = False,
+        plain: Callable[[Tensor], Tensor] | None = None,
         on_corrupt: OnCorrupt = "error",
     ) -> None:
         self.images = images
@@ -51,6 +53,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         self.labels: NDArray[np.int64] = images.labels[indices]
         self.random = random
         self._transform = transform
+        self._plain = plain
         self._on_corrupt = on_corrupt
 
     def __len__(self) -> int:
@@ -87,8 +90,15 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             chosen,
             self._transform,
             random=self.random,
+            plain=self._plain,
             on_corrupt=self._on_corrupt,
         )
+
+    def unaugmented(self) -> ImageSet:
+        """The same samples as evaluation reads them."""
+        if not self.random:
+            return self
+        return ImageSet(self.images, self.indices, self._plain, on_corrupt=self._on_corrupt)
 
     def load(self) -> None:
         """Do now what would be done at the first access in every loading process."""

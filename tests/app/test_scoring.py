@@ -1,7 +1,6 @@
 """What is measured of networks that are not trained, and on which images."""
 
 import pytest
-import torch
 
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
@@ -11,6 +10,7 @@ from limpq_ext.app import scoring
 from limpq_ext.app.recipe import make_recipe
 from limpq_ext.app.session import Session
 from limpq_ext.app.trainings import first_batches
+from limpq_ext.data.loading import ImageSet
 
 
 def session(**content):
@@ -26,7 +26,7 @@ def test_scores_are_those_of_the_recipes_network_on_its_first_images():
     model = own.create_model()
     found = scoring.measure_scores(own, model, print, own.profile())
     expected = scores.fisher(
-        model, first_batches(own, 32, 2, 0), (2, 4), per_channel_weights=True, scale_start="max"
+        model, first_batches(own, 32, 2), (2, 4), per_channel_weights=True, scale_start="max"
     )
     assert found == expected
 
@@ -36,15 +36,24 @@ def test_where_step_sizes_begin_as_lsqs_do_what_is_not_trained_begins_at_the_lea
     assert scoring.measuring(own)["scale_start"] == "mse"
     model = own.create_model()
     found = scoring.measure_scores(own, model, print, own.profile())
-    assert found == scores.fisher(model, first_batches(own, 32, 2, 0), (2, 4))
+    assert found == scores.fisher(model, first_batches(own, 32, 2), (2, 4))
 
 
 def test_policies_are_checked_on_other_batches_than_scores_are_measured_on():
     own = session(check={"batches": 3})
-    ours, others = first_batches(own, 32, 2, 0), scoring.other_batches(own)
+    ours, others = first_batches(own, 32, 2), scoring.other_batches(own)
     assert [len(target) for _, target in ours] == [32, 32]
     assert [len(target) for _, target in others] == [32, 32, 32]
-    assert not any(torch.equal(x, y) for x, _ in ours for y, _ in others)
+    images = [image for x, _ in (*ours, *others) for image in x]
+    assert len({tuple(image.flatten().tolist()) for image in images}) == len(images) == 5 * 32
+
+
+def test_scores_are_measured_on_images_that_are_not_augmented(monkeypatch):
+    monkeypatch.setattr(ImageSet, "unaugmented", lambda images: images.part(0.5, 0))
+    own = session()
+    half = own.data.train.unaugmented()
+    samples = sum(len(target) for _, target in first_batches(own, 32, 1000))
+    assert samples == 2 * (len(half) // 32) * 32
 
 
 def test_a_check_that_cannot_be_made_says_why():

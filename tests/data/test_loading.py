@@ -97,6 +97,19 @@ def test_a_part_is_stratified_and_augmented_alike(folder):
     assert np.array_equal(part.indices, data.train.part(0.5, 0).indices)
 
 
+def test_training_images_can_be_read_as_evaluation_reads_them(folder):
+    data = load(folder)
+    for images in (data.train.unaugmented(), data.train.part(0.5, 0).unaugmented()):
+        assert not images.random
+        assert images.unaugmented() is images
+        for index in (0, 4):
+            image, label = images[index]
+            place = int(images.indices[index])
+            pixels, own = images.images.read(place)
+            assert label == own
+            assert torch.equal(image, data.val._transform(pixels))
+
+
 def test_a_file_that_breaks_later_is_replaced_by_the_next_of_its_split(tmp_path):
     data = load_data(
         "imagefolder", root=write_classes(tmp_path, SOURCE), on_corrupt="skip", augment="none"
