@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -227,21 +228,39 @@ class Shuffled:
 
 def network(name: str, folder: Path) -> tuple[nn.Module, Images]:
     """A float network and its images."""
-    if name.startswith("lite"):
-        model = efficientnet_lite(folder, int(name[-1]))
-        train, test = photographs(folder)
-        labels = folder / f"{name}-labels.pt"
-        if not labels.exists():
-            with open_atomically(labels) as file:
-                torch.save(outputs(model, train).argmax(1), file)
-        return model, Images(train, torch.load(labels, weights_only=True), test, None)
-    images = glyphs(folder)
-    torch.manual_seed(0)
-    if name == "resnet20":
-        model = CifarResNet(3, num_classes=len(CLASSES), width=16)
+    if name in ("resnet20", "transformer"):
+        images = glyphs(folder)
+        torch.manual_seed(0)
+        if name == "resnet20":
+            model: nn.Module = CifarResNet(3, num_classes=len(CLASSES), width=16)
+        else:
+            model = SmallTransformer(len(CLASSES))
+        return trained(name, model, images, folder), images
+    train, test = photographs(folder)
+    if name == "resnet50":
+        model = random_resnet50(train[:32])
     else:
-        model = SmallTransformer(len(CLASSES))
-    return trained(name, model, images, folder), images
+        model = efficientnet_lite(folder, int(name[-1]))
+    labels = folder / f"{name}-labels.pt"
+    if not labels.exists():
+        with open_atomically(labels) as file:
+            torch.save(outputs(model, train).argmax(1), file)
+    return model, Images(train, torch.load(labels, weights_only=True), test, None)
 
 
-NETWORKS: Final = ("lite0", "lite1", "resnet20", "transformer")
+@torch.no_grad()
+def random_resnet50(x: Tensor) -> nn.Module:
+    """ResNet-50 with random weights, its statistics those of a batch."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+NETWORKS: Final = ("lite0", "lite1", "resnet20", "transformer", "resnet50")
+"""The last one has random weights: of it there are the times of scores alone."""

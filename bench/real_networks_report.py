@@ -296,6 +296,11 @@ def _of_network(results: Results, scores: Mapping[str, Indicators], network: str
         yield ""
     seconds = results.of(network, "score")
     budgets = results.budgets(network, "calibrated")
+    if seconds and not budgets:
+        yield "Processor seconds of each score on one thread, on a batch of 32 images:"
+        yield ""
+        yield markdown([tuple(seconds), tuple(f"{r['seconds']:.0f}" for r in seconds.values())])
+        yield ""
     if budgets:
         yield "Calibrated, without training:"
         yield ""

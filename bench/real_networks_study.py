@@ -145,6 +145,8 @@ def all_tasks(networks: Sequence[str], random_draws: int = RANDOM_DRAWS) -> list
     for name in networks:
         tasks.append(Task(name, "float", "float"))
         tasks += [Task(name, "score", score) for score in (*SCORES, "learned")]
+        if name == "resnet50":
+            continue
         for budget in BUDGETS:
             tasks += [
                 Task(name, "calibrated", way, budget.name) for way in ways(budget, random_draws)
@@ -334,13 +336,18 @@ class Study:
         layers = [layer.name for layer in (*self.costs.layers, *self.costs.fixed)]
         return {**told, "mean_largest_probability": confidence, "layers": layers}
 
+    @property
+    def score_images(self) -> int:
+        """How many images scores are measured on, but for those that are trained."""
+        return SCORE_BATCH if self.name == "resnet50" else CALIBRATION_IMAGES
+
     def _score(self, score: str) -> dict[str, Any]:
         began = time.process_time()
         if score == "learned":
             found = self._learned()
         else:
             function, options = SCORES[score]
-            images = len(self.images.train) if score in TRAINING else CALIBRATION_IMAGES
+            images = len(self.images.train) if score in TRAINING else self.score_images
             found = {
                 score: getattr(lq.scores, function)(
                     self.model,

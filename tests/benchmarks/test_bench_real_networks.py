@@ -174,6 +174,7 @@ def test_every_task_has_a_key_of_its_own():
     tasks = real_networks_study.all_tasks(networks.NETWORKS, random_draws=3)
     assert len({task.key for task in tasks}) == len(tasks)
     assert sum(task.score.startswith("random") for task in tasks) == 3 * 5 * 4
+    assert {task.what for task in tasks if task.network == "resnet50"} == {"float", "score"}
 
 
 def test_every_score_of_the_table_is_one_of_the_package():
@@ -416,6 +417,15 @@ def test_the_page_has_every_number_in_its_place(tmp_path, costs):
     assert ["best", "70.5 ± 0.7"] in rows
     assert not any("random 0" in line for line in text.splitlines())
     assert "commit 0123456789ab," in text
+
+
+def test_a_network_of_scores_alone_has_their_times(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for score, seconds in (("fisher", 12.3), ("hessian", 45.6)):
+        results.add(("resnet50", "score", score, "", "0"), {"seconds": seconds})
+    text = real_networks_report.page(RUN, results, {})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows.index(["fisher", "hessian"]) == rows.index(["12", "46"]) - 2
 
 
 def test_results_are_recorded_with_their_page(tmp_path, costs):
