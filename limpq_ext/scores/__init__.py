@@ -1,16 +1,16 @@
 """What bits are worth to every layer, as `Indicators` that a search takes, and whether it is true.
 
-`one_at_a_time`, `second_order`, `traces`, `statistics`, `relevance` and `learned` have the scores,
-which `methods` lists; `subject` is the network that they switch quantizers on in. `measure` says
-what a policy loses, `check` by it what scores are worth, `refine` betters a policy. Imports joint,
-allocation, training and what is below. Begin with `one_at_a_time`, the plainest.
+`one_at_a_time`, `second_order`, `loss_aware`, `traces`, `statistics`, `relevance` and `learned`
+have the scores, which `methods` lists; `subject` is the network that they switch quantizers on in.
+`measure` says what a policy loses, `check` by it what scores are worth, `refine` betters a policy.
+Imports joint, allocation, training and what is below. Begin with `one_at_a_time`, the plainest.
 """
 
 from limpq_ext.scores.analysis import LayerwiseAnalysis as LayerwiseAnalysis
 from limpq_ext.scores.analysis import analyse as analyse
 from limpq_ext.scores.learned import learned as learned
 from limpq_ext.scores.learned import learned_by as learned_by
-from limpq_ext.scores.learned import loss_aware as loss_aware
+from limpq_ext.scores.loss_aware import loss_aware as loss_aware
 from limpq_ext.scores.one_at_a_time import layerwise as layerwise
 from limpq_ext.scores.pairs import interactions as interactions
 from limpq_ext.scores.pairs import products as products

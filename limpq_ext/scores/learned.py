@@ -104,30 +104,6 @@ def learned(
     return learned_by(trainer, kind=kind, batches=batches)
 
 
-def loss_aware(
-    model: nn.Module, batches: Batches, bits: Sequence[int] = (2, 3, 4, 5, 6), **options: Any
-) -> Indicators:
-    """What errors at each bit-width add to the loss, measured in a short joint training (ours).
-
-    It is :func:`learned` of this kind, with all of its options; LIMPQ's joint training with an
-    indicator that is a sensitivity.
-
-    Args:
-        model: The float model; it is left as it is.
-        batches: Batches of inputs and targets, on any device.
-        bits: Candidate bit-widths.
-        **options: As for :func:`learned`.
-
-    Returns:
-        For each layer the indicator of its weights and of its input, in nats.
-
-    Raises:
-        ValueError: As :func:`learned`.
-        NonFiniteError: A loss or gradient is NaN or infinite.
-    """
-    return learned(model, batches, bits, kind="loss_aware", **options)
-
-
 def learned_by(
     trainer: JointTrainer, *, kind: LearnedKind = "loss_aware", batches: Batches = ()
 ) -> Indicators:

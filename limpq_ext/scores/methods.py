@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from limpq_ext.scores.learned import loss_aware
+from limpq_ext.scores.loss_aware import loss_aware
 from limpq_ext.scores.one_at_a_time import layerwise
 from limpq_ext.scores.relevance import relevance, relevance_sensitivity
 from limpq_ext.scores.second_order import fisher, gradient
@@ -43,7 +43,7 @@ METHODS: Final[Mapping[str, Method]] = {
         loss_aware,
         "after arXiv 2203.08368",
         "targets, gradients",
-        "16 batches, bits + 1 forwards and backwards of each",
+        "1 forward and backward",
     ),
     "fisher": Method(
         fisher,

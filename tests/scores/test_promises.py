@@ -11,7 +11,13 @@ from torch import nn
 import limpq_ext as lq
 
 BITS = (2, 4)
-OF_CLASSES = [lq.scores.fisher, lq.scores.gradient, lq.scores.hessian, lq.scores.lampq]
+OF_CLASSES = [
+    lq.scores.loss_aware,
+    lq.scores.fisher,
+    lq.scores.gradient,
+    lq.scores.hessian,
+    lq.scores.lampq,
+]
 OF_ANY = [lq.scores.activation_variance, lq.scores.weight_error]
 WITHOUT_TARGETS = [lq.scores.layerwise, lq.scores.relevance, lq.scores.relevance_sensitivity]
 SCORES = [*OF_CLASSES, *OF_ANY, *WITHOUT_TARGETS]
