@@ -34,7 +34,7 @@ CALIBRATION_IMAGES: Final = 128
 CHOICE_IMAGES: Final = 128
 """Further ones of the training set, on which the best scores are chosen for fine-tuning."""
 REFINE_IMAGES: Final = 256
-REFINE_STEPS: Final = 100
+REFINE_STEPS: Final = 60
 JOINT_STEPS: Final = 40
 TUNED_STEPS: Final = 400
 TUNED_BITS: Final = (4, 3)
@@ -66,10 +66,10 @@ SCORES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
 LEARNED: Final = ("learned", "learned, normalised")
 """The indicators of one joint training: LIMPQ's, and those in other units."""
 
-TRAINING: Final = ("loss_aware",)
-"""The scores that a training measures, on all images that there are for it."""
+LOSS_AWARE_IMAGES: Final = 512
+"""The score that takes one forward and backward is measured on more images."""
 
-REFINED: Final = ("fisher", "layerwise")
+REFINED: Final = ("loss_aware",)
 """The scores whose policies are refined by measured swaps, where the package can."""
 
 NEGATED: Final = ("fisher", "learned")
@@ -338,7 +338,7 @@ class Study:
 
     @property
     def score_images(self) -> int:
-        """How many images scores are measured on, but for those that are trained."""
+        """How many images most scores are measured on."""
         return SCORE_BATCH if self.name == "resnet50" else CALIBRATION_IMAGES
 
     def _score(self, score: str) -> dict[str, Any]:
@@ -347,7 +347,7 @@ class Study:
             found = self._learned()
         else:
             function, options = SCORES[score]
-            images = len(self.images.train) if score in TRAINING else self.score_images
+            images = LOSS_AWARE_IMAGES if score == "loss_aware" else self.score_images
             found = {
                 score: getattr(lq.scores, function)(
                     self.model,

@@ -1,9 +1,11 @@
 """What every layer's quantization errors add to the loss, from gradients that a joint step has.
 
-The branch at the highest bit-width is the one nearest to the float network. With the gradient g of
-a sample's loss at a quantized tensor there, and the error e_b of that tensor at b bits, the loss
-moves by <g, e_b> to first order, and half the mean of its square over samples is the second order
-with the empirical Fisher information (as `limpq_ext.scores.fisher` has it, on a float network).
+The branch at the highest bit-width is the one nearest to the float network. With the gradient G of
+the summed loss of a batch of N samples at a quantized tensor there, and the error e_b of that
+tensor at b bits, the loss moves by <G, e_b> to first order. Half of <G, e_b>^2 / N, taken for each
+channel by itself and added, is what is measured: of samples whose gradients are independent and
+near 0 in the mean, the second order with the empirical Fisher information, and more where an error
+moves the loss of all samples the same way (bench/NOTES.md compares it with samples by themselves).
 `limpq_ext.quantization_error_sums` gives the sums at all bit-widths in one pass over x and g.
 """
 
@@ -26,11 +28,6 @@ from limpq_ext.values.indicators import Indicators, LayerIndicators
 
 class SensitivityMeter:
     """Collects the sums of steps that it watches; all processes of a training have the same.
-
-    Activations: half the mean over samples of ``<g, e_b>**2``. Weights have no gradient of each
-    sample, only that of the batch's mean loss, G: where the samples' gradients are independent and
-    near 0 in the mean, ``N * <G, e_b>**2`` of a batch of N has the same mean as ``<g, e_b>**2``. It
-    is taken for each output channel by itself, and added.
 
     Args:
         layers: The quantized layers by name, all with the same candidates.
@@ -60,14 +57,12 @@ class SensitivityMeter:
         """Watch one branch, forward and backward.
 
         Args:
-            x: The inputs of the batch; the first tensor among them begins with the samples.
+            x: The inputs of the batch; the first tensor among them begins with the samples, which
+                are counted.
             ready_gradient: The gradient of the named layer's quantized weight where the layer did
                 not quantize it itself, else None.
             mean: The loss is the mean over the samples; else their sum.
             loss_scale: What the loss is multiplied by before its backward.
-
-        Raises:
-            ValueError: A layer's input does not begin with the samples.
         """
         samples = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)).shape[0]
         self._inputs = {name: [] for name in self._layers}
@@ -76,7 +71,7 @@ class SensitivityMeter:
         try:
             for name, layer in self._layers.items():
                 for quantizer, took in (
-                    (layer.input_quantizer, self._takes_input(name, samples)),
+                    (layer.input_quantizer, self._takes_input(name, layer)),
                     (layer.weight_quantizer, self._takes_weight(name)),
                 ):
                     handles.append(quantizer.register_forward_hook(_following(took)))
@@ -118,17 +113,11 @@ class SensitivityMeter:
                 own.copy_(state_dict[name])
 
     def _takes_input(
-        self, name: str, samples: int
+        self, name: str, layer: QuantizedLayer
     ) -> Callable[[LsqQuantizer, Tensor, Tensor], None]:
         def take(quantizer: LsqQuantizer, x: Tensor, grad: Tensor) -> None:
-            if x.dim() == 0 or x.shape[0] % samples:
-                raise ValueError(
-                    f"layer '{name}' takes in {tuple(x.shape)}, which does not begin with the"
-                    f" {samples} samples: exclude it, or measure no sensitivities"
-                )
-            # A sample may be several parts, such as windows.
-            sums = quantizer.error_sums(x, grad, sum_axis=0).sums
-            self._inputs[name].append(sums.reshape(len(sums), samples, -1).sum(dim=2))
+            axis = input_channel_axis(layer, x)
+            self._inputs[name].append(quantizer.error_sums(x, grad, sum_axis=axis).sums)
 
         return take
 
@@ -147,15 +136,15 @@ class SensitivityMeter:
     ) -> None:
         zeros = self._totals.new_zeros(len(self._bits))
         inputs = [
-            (sum(sums[1:], sums[0]) * factor).square().sum(dim=1) if sums else zeros
+            sum(sums[1:], sums[0]).square().sum(dim=1) if sums else zeros
             for sums in self._inputs.values()
         ]
         weights = []
         for name, layer in self._layers.items():
             ready, calls = ready_gradient(name), self._gradients[name]
             grad = ready if ready is not None else sum(calls[1:], calls[0]) if calls else None
-            weights.append(zeros if grad is None else _weight_sum(layer, grad))
-        values = torch.stack([torch.stack(weights) * factor**2, torch.stack(inputs)])
+            weights.append(zeros if grad is None else squares_of_weight(layer, grad))
+        values = torch.stack([torch.stack(weights), torch.stack(inputs)]) * factor**2
         finite = values.isfinite().all()  # not where a scaled gradient overflowed
         counts = self._counts.new_tensor([samples, 1.0]) * finite
         values = torch.where(finite, values, 0.0)
@@ -167,11 +156,16 @@ class SensitivityMeter:
         self._counts += counts
 
 
-def _weight_sum(layer: QuantizedLayer, grad: Tensor) -> Tensor:
-    """The squares of the channels' sums, added, for each bit-width."""
+def squares_of_weight(layer: QuantizedLayer, grad: Tensor) -> Tensor:
+    """The squares of the output channels' sums, added, for each bit-width: ``[len(bits)]``."""
     channels = int(getattr(layer, "transposed", False))
     sums = layer.weight_quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums
     return sums.square().sum(dim=1)
+
+
+def input_channel_axis(layer: QuantizedLayer, x: Tensor) -> int:
+    """The axis of the channels in what a layer takes in."""
+    return x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
 
 
 def _following(

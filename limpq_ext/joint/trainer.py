@@ -314,11 +314,10 @@ class JointTrainer:
     def sensitivities(self) -> Indicators:
         """What the errors of every bit-width add to the loss, in the unit of the loss.
 
-        For a layer's input, half the mean over samples of ``<g, e_b>**2``, with the gradient g of
-        the sample's loss in the highest branch and the error ``e_b`` at b bits and the step size of
-        the time. For its weights, whose gradients are of whole batches, N times the square for a
-        batch of N, each output channel by itself, which has that mean where the samples' gradients
-        are independent and cancel out. In a run of several processes all have the same.
+        Half the sum over channels of ``<G, e_b>**2 / N``, with the gradient G of the summed loss of
+        a batch of N samples at a layer's weights or input in the highest branch, and the error
+        ``e_b`` there at b bits and the step size of the time. In a run of several processes, each
+        with its share of the batch, all have the same.
 
         Raises:
             ValueError: Nothing was measured: ``sensitivity_every`` is 0, or no such step was taken

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from limpq_ext.joint.sensitivity import input_channel_axis, squares_of_weight
 from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.scores.calls import Call, Calls, loss_of
@@ -37,11 +38,11 @@ def loss_aware(
     """What errors at each bit-width add to the loss, from one forward and backward (ours).
 
     It is the indicator that :meth:`limpq_ext.JointTrainer.sensitivities` reports beside LIMPQ's
-    (arXiv 2203.08368), measured in the float network: for a layer's input half the mean over
-    samples of ``<g, e_b>**2``, with the gradient g of the sample's loss and the error ``e_b`` at b
-    bits; for its weights half the sum over output channels of ``<G, e_b>**2 / N``, with the gradient
-    G of a batch's summed loss and its N samples. So what the samples of a batch have in common
-    counts N times as much for weights.
+    (arXiv 2203.08368), measured in the float network: half the sum over channels of
+    ``<G, e_b>**2 / N``, with the gradient G of a batch's summed loss at a layer's weights or input,
+    the error ``e_b`` there at b bits, and the N samples of the batch. Weights have the output's
+    channels, inputs their own. What the samples of a batch have in common counts N times as much
+    as what they do not, so batches should be of one size; about 32 samples do.
 
     The score needs class indices. It takes one forward and backward of each batch, a forward of one
     and one to begin the step sizes, and reads every tensor and its gradient once.
@@ -62,12 +63,14 @@ def loss_aware(
 
     Raises:
         ValueError: There are no batches, the targets are no classes, the output is no table of
-            scores, a layer's input does not begin with the samples, a score is not finite, or the
-            model cannot be prepared.
+            scores, a score is not finite, or the model cannot be prepared.
     """
     subject = Subject(model, batches, bits, **options)
     weights = [layer.weight for layer in subject.layers.values()]
-    totals: dict[str, Tensor | float] = dict.fromkeys(subject.layers, 0.0)
+    totals = {
+        name: layer.weight.new_zeros(2, len(bits), dtype=torch.float64)
+        for name, layer in subject.layers.items()
+    }
     with _corrected_gradients(subject) if correct else ExitStack():
         for x, target in subject.batches:
             with Calls(subject) as calls, torch.enable_grad():
@@ -75,8 +78,8 @@ def loss_aware(
             of_weights = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
             of_inputs = calls.gradients(loss, "inputs")
             for (name, layer), grad in zip(subject.layers.items(), of_weights, strict=True):
-                of_input = _of_input(name, layer, calls.of[name], of_inputs[name], len(target))
-                totals[name] = totals[name] + torch.stack([_of_weight(layer, grad), of_input])
+                of_input = _of_input(layer, calls.of[name], of_inputs[name])
+                totals[name] += torch.stack([_of_weight(layer, grad), of_input])
     samples = sum(len(target) for _, target in subject.batches)
     found = {name: (total / (2 * samples)).tolist() for name, total in totals.items()}
     scores = subject.scores(
@@ -89,36 +92,24 @@ def loss_aware(
 
 @torch.no_grad()
 def _of_weight(layer: QuantizedLayer, grad: Tensor | None) -> Tensor:
-    """The squares of the output channels' sums, added, for each bit-width."""
-    quantizer = layer.weight_quantizer
     if grad is None:
-        return layer.weight.new_zeros(len(quantizer.bits), dtype=torch.float64)
-    channels = int(getattr(layer, "transposed", False))
-    return quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums.square().sum(dim=1)
+        return layer.weight.new_zeros(len(layer.weight_quantizer.bits), dtype=torch.float64)
+    return squares_of_weight(layer, grad)
 
 
 @torch.no_grad()
 def _of_input(
-    name: str,
-    layer: QuantizedLayer,
-    calls: Sequence[Call],
-    gradients: Sequence[Tensor | None],
-    samples: int,
+    layer: QuantizedLayer, calls: Sequence[Call], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """The squares of the samples' sums, added, for each bit-width."""
+    """The squares of the channels' sums, added, for each bit-width."""
     quantizer = layer.input_quantizer
-    sums = layer.weight.new_zeros(len(quantizer.bits), samples, dtype=torch.float64)
+    total: Tensor = layer.weight.new_zeros(len(quantizer.bits), 1, dtype=torch.float64)
     for one, grad in zip(calls, gradients, strict=True):
-        x = one.input.detach()
-        if x.dim() == 0 or x.shape[0] % samples:
-            raise ValueError(
-                f"layer '{name}' takes in {tuple(x.shape)}, which does not begin with the {samples}"
-                " samples: exclude it"
-            )
-        if grad is not None:  # a sample may be several parts, such as windows
-            parts = quantizer.error_sums(x, grad, sum_axis=0).sums
-            sums += parts.reshape(len(sums), samples, -1).sum(dim=2)
-    return sums.square().sum(dim=1)
+        if grad is not None:
+            x = one.input.detach()
+            axis = input_channel_axis(layer, x)
+            total = total + quantizer.error_sums(x, grad, sum_axis=axis).sums
+    return total.square().sum(dim=1)
 
 
 @contextmanager

@@ -80,8 +80,9 @@ def slowly(model, x, target):
                 )
                 terms.append(output.grad * (y - value))
             if kind == "activation":
-                samples = sum(term.reshape(len(target), -1).sum(1) for term in terms)
-                score = samples.square().sum()
+                axis = -1 if isinstance(layers[name], nn.Linear) else 1
+                channels = sum(term.movedim(axis, 0).flatten(1).sum(1) for term in terms)
+                score = channels.square().sum()
             else:
                 score = sum(terms).flatten(1).sum(1).square().sum()
             scores[kind, name, bits] = score.item() / (2 * len(target))
@@ -100,7 +101,7 @@ def table(indicators):
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_sensitivities_are_half_the_mean_square_of_the_first_order(network, execution, per_channel):
+def test_sensitivities_are_half_the_square_of_the_first_order(network, execution, per_channel):
     trainer = trainer_of(network, per_channel=per_channel, **EXECUTIONS[execution])
     trainer.step(*batch(0))  # gives step sizes their start
     expected = []
@@ -197,27 +198,6 @@ def test_a_step_that_overflowed_does_not_count():
 
 def _weight(trainer, name):
     return trainer.layers[name].weight.detach()
-
-
-class OddAxes(nn.Module):
-    """Its layer takes in rows of images, which come first and are not as many as the samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        rows = self.first(x[:, 0]).permute(1, 0, 2)[:7]
-        return self.head(self.hidden(rows).mean(0))
-
-
-def test_an_input_that_does_not_begin_with_the_samples_is_named(monkeypatch):
-    monkeypatch.setitem(NETWORKS, "odd", OddAxes)
-    trainer = trainer_of("odd")
-    trainer.step(*batch(0))
-    with pytest.raises(ValueError, match=r"layer 'hidden' takes in \(7, 4, 8\), which"):
-        trainer.step(*batch(1))
-    assert not trainer.layers["hidden"].input_quantizer._forward_hooks
 
 
 @pytest.mark.parametrize(

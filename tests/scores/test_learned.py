@@ -84,13 +84,13 @@ def test_normalised_indicators_are_relative_to_the_mean_magnitude():
         assert values(found)[name, kind, bits] == pytest.approx(expected, rel=1e-9)
 
 
-def test_loss_aware_indicators_are_half_the_mean_square_of_the_first_order():
+def test_loss_aware_indicators_are_half_the_square_of_the_first_order():
     # Without a rate the network stays: two measured steps, one on each batch.
     found = lq.scores.learned(network(), batches(), BITS, steps=3, lr=1e-30)
     model = trained(1, lr=0.0).model
     lq.select_bits(model, max(BITS))
     layers = {"hidden": model.hidden, "last": model.last}
-    sums, samples = {}, 0
+    sums, samples = {}, 0  # a channel of a batch each
     for x, target in batches():
         samples += len(x)
         for name, layer in layers.items():
@@ -107,7 +107,7 @@ def test_loss_aware_indicators_are_half_the_mean_square_of_the_first_order():
             for place, bits in enumerate(quantizer.bits):
                 step, (low, high) = quantizer.scale[place].item(), quantizer.thresholds(bits)
                 error = (kept["x"] / step).clamp(low, high).round() * step - kept["x"]
-                moved_by = (kept["y"].grad * error).sum(1)
+                moved_by = (kept["y"].grad * error).sum(0)
                 key = name, bits
                 sums[key] = sums.get(key, 0.0) + moved_by.square().sum().item()
     for (name, bits), total in sums.items():
