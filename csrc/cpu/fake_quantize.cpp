@@ -64,6 +64,11 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+/// Elements that short spans of a channel are gathered to, and channels that are read together.
+constexpr int64_t gathered_elements = block_size;
+constexpr int64_t tile_channels = 8;
+constexpr int64_t longest_gathered = gathered_elements / 8;
+
 /// A fixed partition of [outer, channels, inner] into tasks of about task_size elements. It depends
 /// on the sizes alone, so the partial sums, and with them the result, do not depend on the threads.
 struct Partition {
@@ -75,7 +80,13 @@ struct Partition {
   int64_t outer_step, channel_step, inner_step;
   int64_t outer_blocks, channel_blocks, inner_blocks;
 
-  explicit Partition(const Problem& problem) {
+  explicit Partition(const Problem& problem) : Partition(problem, task_size) {}
+
+  /// Sums of many short spans take few channels, so that a task has enough of each to put together.
+  explicit Partition(const ErrorSumsProblem& problem)
+      : Partition(problem, problem.inner <= longest_gathered ? tile_channels : task_size) {}
+
+  Partition(const Problem& problem, int64_t most_channels) {
     const bool per_tensor = problem.channels == 1;
     outer = per_tensor ? 1 : problem.outer;
     channels = problem.channels;
@@ -85,7 +96,8 @@ struct Partition {
       return;
     }
     inner_step = std::min(inner, task_size);
-    channel_step = std::min(channels, task_size / inner_step);
+    if (elementwise()) most_channels = task_size;
+    channel_step = std::min({channels, task_size / inner_step, most_channels});
     outer_step =
         std::max(task_size / (inner_step * channel_step), divide_up(outer, max_outer_blocks));
     outer_blocks = divide_up(outer, outer_step);
@@ -277,15 +289,49 @@ void error_sums_task(const ErrorSumsProblem& problem, const Partition& partition
     }
     return;
   }
-  for (int64_t c = task.channel_begin; c < task.channel_end; ++c) {
-    const Step<C>* steps = widths.of_channel(c);
-    double sums[2 * max_bit_widths] = {};
+  const int64_t inner = task.inner_end - task.inner_begin;
+  // Spans of neighbouring channels lie beside each other, so they are read together, and short ones
+  // are gathered: each block has sums to add up at its end.
+  const bool gathers = inner <= longest_gathered;
+  T gathered_x[tile_channels][gathered_elements];
+  T gathered_grad[tile_channels][gathered_elements];
+  for (int64_t first = task.channel_begin; first < task.channel_end; first += tile_channels) {
+    const int64_t channels = std::min(tile_channels, task.channel_end - first);
+    double sums[tile_channels][2 * max_bit_widths] = {};
+    const auto add = [&](int64_t i, const T* from_x, const T* from_grad, int64_t n) {
+      span.error_sums(from_x, from_grad, n, relu, widths.of_channel(first + i), count, sums[i],
+                      sums[i] + count);
+    };
+    int64_t gathered = 0;
     for (int64_t o = task.outer_begin; o < task.outer_end; ++o) {
-      const int64_t offset = (o * partition.channels + c) * partition.inner + task.inner_begin;
-      span.error_sums(x + offset, grad + offset, task.inner_end - task.inner_begin, relu, steps,
-                      count, sums, sums + count);
+      const int64_t start = (o * partition.channels + first) * partition.inner + task.inner_begin;
+      for (int64_t i = 0; i < channels; ++i) {
+        const int64_t offset = start + i * partition.inner;
+        if (gathers) {
+          std::copy_n(x + offset, inner, gathered_x[i] + gathered);
+          std::copy_n(grad + offset, inner, gathered_grad[i] + gathered);
+        } else {
+          add(i, x + offset, grad + offset, inner);
+        }
+      }
+      if (!gathers) continue;
+      gathered += inner;
+      if (gathered + inner <= gathered_elements && o + 1 < task.outer_end) continue;
+      // Whole lanes: what has no gradient adds nothing.
+      const int64_t whole =
+          std::min(gathered_elements, divide_up(gathered, lane_count) * lane_count);
+      for (int64_t i = 0; i < channels; ++i) {
+        std::fill(gathered_x[i] + gathered, gathered_x[i] + whole, T());
+        std::fill(gathered_grad[i] + gathered, gathered_grad[i] + whole, T());
+        add(i, gathered_x[i], gathered_grad[i], whole);
+      }
+      gathered = 0;
     }
-    for (int i = 0; i < 2 * count; ++i) partial[i][c - task.channel_begin] = sums[i];
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int k = 0; k < 2 * count; ++k) {
+        partial[k][first + i - task.channel_begin] = sums[i][k];
+      }
+    }
   }
 }
 

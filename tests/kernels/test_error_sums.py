@@ -96,6 +96,17 @@ def test_a_sum_along_any_axis_with_one_scale_or_one_for_each(shape, axis, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(70, 19, 7, 7), (300, 3, 2), (9, 40, 8, 8), (1, 9, 33), (5, 8, 65)]
+)
+def test_short_spans_of_a_channel_are_put_together(shape, dtype):
+    x, grad = make(shape, dtype)
+    check(x, grad, make_scales(dtype), *ranges(), sum_axis=1)
+    scales = make_scales(dtype, channels=shape[1])
+    check(x, grad, scales, *ranges(), sum_axis=1, channel_axis=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu_max", [1.5, math.inf])
 def test_the_relu_in_front_is_part_of_what_is_quantized(relu_max, dtype):
     x, grad = make((6, 5, 7), dtype)
