@@ -44,6 +44,8 @@ Field = pydantic.Field
 
 LEARNED: Final = "learned"
 AUTO: Final = "auto"
+DEFAULT_SCORE: Final = "loss_aware"
+"""See bench/results/real_networks.md."""
 
 Autocast = Literal["off", "bfloat16", "float16"]
 Calibration = Literal["correct", "reestimate", "off"]
@@ -171,9 +173,9 @@ class ScoresSection(_Section):
     """What bits are worth to each layer, and the images that it is measured on."""
 
     method: str = Field(
-        LEARNED,
-        description="learned: the joint training of section joint; else a score of `limpq scores"
-        " --list`, in its place; auto: the one whose optimum loses least on this network",
+        DEFAULT_SCORE,
+        description="a score of `limpq scores --list`; learned: the joint training of section joint;"
+        " auto: the score whose optimum loses least on this network",
     )
     candidates: tuple[str, ...] | None = Field(
         None, description="what auto chooses from; null: all of `limpq scores --list`"

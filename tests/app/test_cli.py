@@ -40,6 +40,7 @@ SMALL = {
     "bits": [2, 3, 4],
     "float_training": {"epochs": 2, "lr": 0.1},
     "joint": {"epochs": 1, "lr": 0.01},
+    "scores": {"method": "learned"},
     "finetune": {"epochs": 1, "lr": 0.02},
 }
 
@@ -754,7 +755,7 @@ SEARCH = ("search", "--costs", "costs.json", "--out", "policy.json", "--indicato
         (("run", "data.yaml"), "unknown data set 'imagenet22k'"),
         (("indicators", "--out", "i.json"), "--weights is missing"),
         (
-            ("scores", "--weights", "w.pt", "--out", "i.json"),
+            ("scores", "--weights", "w.pt", "--out", "i.json", "--set", "scores.method=learned"),
             "--method is missing: one of `limpq scores --list`",
         ),
         (("scores", "--method", "fisher", "--out", "i.json"), "--weights is missing"),

@@ -180,7 +180,10 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
             "^recipe: finetune.init is joint",
         ),
         (
-            {"finetune": {"epochs": 1, "lr": 1, "init": "joint", "calibrate": "correct"}},
+            {
+                "finetune": {"epochs": 1, "lr": 1, "init": "joint", "calibrate": "correct"},
+                "scores": {"method": "learned"},
+            },
             "^recipe: finetune.calibrate is correct, but with finetune.init joint there is nothing",
         ),
         (
@@ -271,9 +274,13 @@ def test_the_numbers_of_limpq_are_its_published_ones(name):
         "sgd", 0.01, 0.9, 2.5e-5
     )  # fmt: skip
     assert joint.label_smoothing == tuned.label_smoothing == 0.1
+    assert recipe.scores.method == "learned"
     assert (tuned.epochs, tuned.lr, tuned.warmup_epochs) == (90, 0.04, 5)
     assert (recipe.data.name, recipe.data.image_size) == ("imagenet", 224)
     assert (recipe.quantization.scale_start, recipe.calibration) == ("lsq", "off")
+
+
+LEARNED = {"scores": {"method": "learned"}}
 
 
 @pytest.mark.parametrize(
@@ -283,8 +290,8 @@ def test_the_numbers_of_limpq_are_its_published_ones(name):
         ({"quantization": {"scale_start": "max"}}, "correct"),
         ({"quantization": {"scale_start": "lsq"}}, "off"),
         ({"quantization": {"scale_start": "lsq"}, "finetune": {"calibrate": "correct"}}, "correct"),
-        ({"finetune": {"init": "joint"}}, "off"),
-        ({"finetune": {"init": "joint", "calibrate": "reestimate"}}, "reestimate"),
+        ({"finetune": {"init": "joint"}, **LEARNED}, "off"),
+        ({"finetune": {"init": "joint", "calibrate": "reestimate"}, **LEARNED}, "reestimate"),
         ({"finetune": {"calibrate": "off"}}, "off"),
     ],
 )
