@@ -15,7 +15,7 @@ from limpq_ext.values.indicators import Indicators
 
 from .report import markdown
 
-DEFAULT: Final = "fisher"
+DEFAULT: Final = "loss_aware"
 """The score whose policies the targets are of."""
 
 AGREEMENT: Final = {6: 0.85, 5: 0.68, 4: 0.50, 3: 0.22}

@@ -174,8 +174,8 @@ class ScoresSection(_Section):
 
     method: str = Field(
         DEFAULT_SCORE,
-        description="a score of `limpq scores --list`; learned: the joint training of section joint;"
-        " auto: the score whose optimum loses least on this network",
+        description="a score of `limpq scores --list`; learned: the joint training of section"
+        " joint; auto: the score whose optimum loses least on this network",
     )
     candidates: tuple[str, ...] | None = Field(
         None, description="what auto chooses from; null: all of `limpq scores --list`"

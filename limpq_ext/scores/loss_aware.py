@@ -75,17 +75,19 @@ def loss_aware(
         for x, target in subject.batches:
             with Calls(subject) as calls, torch.enable_grad():
                 loss = loss_of(subject, x, target)
-            of_weights = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            of_inputs = calls.gradients(loss, "inputs")
-            for (name, layer), grad in zip(subject.layers.items(), of_weights, strict=True):
-                of_input = _of_input(layer, calls.of[name], of_inputs[name])
-                totals[name] += torch.stack([_of_weight(layer, grad), of_input])
+            inputs = [one.input for own in calls.of.values() for one in own]
+            slopes = iter(torch.autograd.grad(loss, [*weights, *inputs], allow_unused=True))
+            of_weights = {name: next(slopes) for name in subject.layers}
+            for name, layer in subject.layers.items():
+                of_input = _of_input(layer, [(one, next(slopes)) for one in calls.of[name]])
+                totals[name] += torch.stack([_of_weight(layer, of_weights[name]), of_input])
     samples = sum(len(target) for _, target in subject.batches)
     found = {name: (total / (2 * samples)).tolist() for name, total in totals.items()}
+    ascending = sorted(bits)  # as in the quantizers
     scores = subject.scores(
         "loss_aware",
         bits,
-        lambda name, kind, width: found[name][kind == "activation"][bits.index(width)],
+        lambda name, kind, width: found[name][kind == "activation"][ascending.index(width)],
     )
     return replace(scores, meta={**scores.meta, "correct": correct})
 
@@ -98,13 +100,11 @@ def _of_weight(layer: QuantizedLayer, grad: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _of_input(
-    layer: QuantizedLayer, calls: Sequence[Call], gradients: Sequence[Tensor | None]
-) -> Tensor:
+def _of_input(layer: QuantizedLayer, calls: Sequence[tuple[Call, Tensor | None]]) -> Tensor:
     """The squares of the channels' sums, added, for each bit-width."""
     quantizer = layer.input_quantizer
     total: Tensor = layer.weight.new_zeros(len(quantizer.bits), 1, dtype=torch.float64)
-    for one, grad in zip(calls, gradients, strict=True):
+    for one, grad in calls:
         if grad is not None:
             x = one.input.detach()
             axis = input_channel_axis(layer, x)

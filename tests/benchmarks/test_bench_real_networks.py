@@ -28,7 +28,7 @@ from bench import (
     real_networks_study,
 )
 from bench.accuracy import random_scores
-from bench.real_networks_report import NotThereYet, Results
+from bench.real_networks_report import DEFAULT, NotThereYet, Results
 from limpq_ext import Indicators, profile
 
 RUN = {
@@ -359,7 +359,7 @@ def filled(tmp_path, costs, scores, *, kl=0.2, agreement=0.6):
     layers = [layer.name for layer in (*costs.layers, *costs.fixed)]
     told = {"layers": layers, "mean_largest_probability": 0.7, "agreement": 1.0, "kl": 0.0}
     results.add(("lite0", "float", "float", "", "0"), told)
-    results.add(("lite0", "score", "fisher", "", "0"), {"seconds": 12.3})
+    results.add(("lite0", "score", DEFAULT, "", "0"), {"seconds": 12.3})
     budget = real_networks_study.BUDGETS[2]
     study = object.__new__(real_networks_study.Study)
     study.costs = costs
@@ -371,7 +371,7 @@ def filled(tmp_path, costs, scores, *, kl=0.2, agreement=0.6):
     told = {"agreement": 0.5, "kl": 0.4, "choice_kl": 0.4}
     results.add(("lite0", "calibrated", "uniform", budget.name, "0"), told)
     told = {"agreement": agreement, "kl": kl, "choice_kl": kl}
-    results.add(("lite0", "calibrated", "fisher", budget.name, "0"), told)
+    results.add(("lite0", "calibrated", DEFAULT, budget.name, "0"), told)
     for seed in range(2):
         for way, share in (("uniform", 0.60 + 0.01 * seed), ("best", 0.70 + 0.01 * seed)):
             key = ("lite0", "tuned", way, budget.name, str(seed))
@@ -387,7 +387,7 @@ def costs():
 def test_targets_are_met_by_a_score_that_predicts(tmp_path, costs):
     scores = random_scores(costs, real_networks_study.BITS, 3)
     results = filled(tmp_path, costs, scores)
-    rows = real_networks_report.targets(results, {"lite0": {"fisher": scores}})
+    rows = real_networks_report.targets(results, {"lite0": {DEFAULT: scores}})
     assert [row[0].split(": ")[1] for row in rows] == [
         "KL over uniform's", "random policies that are as good", "equal classes",
         "rank correlation over random policies", "the best score's over uniform",
@@ -409,11 +409,11 @@ def test_targets_are_missed_by_a_policy_like_uniform(tmp_path, costs):
 def test_the_page_has_every_number_in_its_place(tmp_path, costs):
     scores = random_scores(costs, real_networks_study.BITS, 3)
     results = filled(tmp_path, costs, scores)
-    text = real_networks_report.page(RUN, results, {"lite0": {"fisher": scores}})
+    text = real_networks_report.page(RUN, results, {"lite0": {DEFAULT: scores}})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["fisher", "12", "60.0; 0.200"] in rows
+    assert [DEFAULT, "12", "60.0; 0.200"] in rows
     assert ["uniform", "", "50.0; 0.400"] in rows
-    assert ["fisher", "1.00 (1.00 to 1.00)"] in rows
+    assert [DEFAULT, "1.00 (1.00 to 1.00)"] in rows
     assert ["best", "70.5 ± 0.7"] in rows
     assert not any("random 0" in line for line in text.splitlines())
     assert "commit 0123456789ab," in text
@@ -431,7 +431,7 @@ def test_a_network_of_scores_alone_has_their_times(tmp_path):
 def test_results_are_recorded_with_their_page(tmp_path, costs):
     scores = random_scores(costs, real_networks_study.BITS, 3)
     filled(tmp_path, costs, scores)
-    scores.save(tmp_path / "lite0-fisher.json")
+    scores.save(tmp_path / f"lite0-{DEFAULT}.json")
     path = tmp_path / "out" / "real_networks.json"
     path.parent.mkdir()
     assert real_networks.main(["--folder", str(tmp_path), "--record", str(path)]) == 0
@@ -444,7 +444,7 @@ def test_results_are_recorded_with_their_page(tmp_path, costs):
 def test_a_recorded_file_is_gone_on_from(tmp_path, costs):
     scores = random_scores(costs, real_networks_study.BITS, 3)
     filled(tmp_path, costs, scores)
-    scores.save(tmp_path / "lite0-fisher.json")
+    scores.save(tmp_path / f"lite0-{DEFAULT}.json")
     path, other = tmp_path / "recorded.json", tmp_path / "other"
     other.mkdir()
     Results(other / "results.jsonl").add(("lite0", "float", "float", "", "0"), {"kl": 0.5})
@@ -453,7 +453,7 @@ def test_a_recorded_file_is_gone_on_from(tmp_path, costs):
     ours, theirs = (Results(folder / "results.jsonl") for folder in (tmp_path, other))
     assert theirs.of("lite0", "float") == {"float": {"kl": 0.5}}  # stays as it was
     assert len(theirs.lines()) == len(ours.lines())
-    again = Indicators.load(other / "lite0-fisher.json")
+    again = Indicators.load(other / f"lite0-{DEFAULT}.json")
     for one, two in zip(again.layers, scores.layers, strict=True):
         assert one.name == two.name
         assert one.weight == pytest.approx(two.weight, rel=1e-4)
