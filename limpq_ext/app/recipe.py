@@ -205,7 +205,9 @@ class CheckSection(_Section):
 
     random: int = Field(5, ge=0, description="random policies, 3 or more; 0: there is no check")
     neighbours: int = Field(0, ge=0, description="policies a swap of bits away")
-    batches: int = Field(4, ge=1, description="other batches than those of the scores")
+    batches: int = Field(
+        4, ge=1, description="of validation images; without any, training images of no score"
+    )
 
     @pydantic.field_validator("random")
     @classmethod

@@ -13,7 +13,7 @@ from torch import nn
 
 from limpq_ext.app.recipe import AUTO
 from limpq_ext.app.session import Session
-from limpq_ext.app.trainings import first_batches
+from limpq_ext.app.trainings import first_batches, validation_batches
 from limpq_ext.scores.check import ScoreCheck, check_scores
 from limpq_ext.scores.measure import Measuring
 from limpq_ext.scores.methods import METHODS, method_named
@@ -113,7 +113,7 @@ def _check(
         random=options.random or type(options)().random,
         neighbours=options.neighbours,
         seed=session.recipe.seed,
-        measuring=measuring(session),
+        measuring=checking(session),
         on_measured=on_step,
         **session.recipe.search.question(),
     )
@@ -151,8 +151,13 @@ def refine_policy(
 
 
 def other_batches(session: Session) -> list[Any]:
-    """Training batches after those that scores are measured on."""
+    """Batches of validation images; without any, training batches after those of the scores.
+
+    A network that was trained here often makes no error at all on its training images.
+    """
     check, scores = session.recipe.check, session.recipe.scores
+    if len(session.data.val):
+        return validation_batches(session, scores.batch_size, check.batches)
     return first_batches(session, scores.batch_size, check.batches, scores.batches)
 
 
@@ -167,3 +172,10 @@ def measuring(session: Session) -> Measuring:
         scale_max=session.quantizers()["scale_max"],
         exclude=options.exclude,
     )
+
+
+def checking(session: Session) -> Measuring:
+    """How policies are compared: as `measuring` has it, calibrated on the images of the scores."""
+    options = session.recipe.scores
+    batches = first_batches(session, options.batch_size, options.batches)
+    return Measuring(**measuring(session), calibration=batches)

@@ -39,13 +39,32 @@ def test_where_step_sizes_begin_as_lsqs_do_what_is_not_trained_begins_at_the_lea
     assert found == scores.fisher(model, first_batches(own, 32, 2), (2, 4))
 
 
-def test_policies_are_checked_on_other_batches_than_scores_are_measured_on():
+def images_of(batches):
+    return {tuple(image.flatten().tolist()) for x, _ in batches for image in x}
+
+
+def test_policies_are_checked_on_validation_images():
     own = session(check={"batches": 3})
+    others = scoring.other_batches(own)
+    assert [len(target) for _, target in others] == [32, 32, 32]
+    validation = [(own.data.val[index][0][None], None) for index in range(len(own.data.val))]
+    assert images_of(others) <= images_of(validation)
+    assert not images_of(others) & images_of(first_batches(own, 32, 2))
+
+
+def test_without_validation_images_policies_are_checked_after_the_batches_of_the_scores():
+    own = session(check={"batches": 3}, data={"val_fraction": 0})
     ours, others = first_batches(own, 32, 2), scoring.other_batches(own)
     assert [len(target) for _, target in ours] == [32, 32]
     assert [len(target) for _, target in others] == [32, 32, 32]
-    images = [image for x, _ in (*ours, *others) for image in x]
-    assert len({tuple(image.flatten().tolist()) for image in images}) == len(images) == 5 * 32
+    assert len(images_of([*ours, *others])) == 5 * 32
+
+
+def test_policies_are_checked_under_the_calibration_of_the_scores():
+    own = session()
+    found, ours = scoring.checking(own), first_batches(own, 32, 2)
+    assert images_of(found["calibration"]) == images_of(ours)
+    assert {**found, "calibration": None} == {**scoring.measuring(own), "calibration": None}
 
 
 def test_scores_are_measured_on_images_that_are_not_augmented(monkeypatch):

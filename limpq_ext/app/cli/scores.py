@@ -109,7 +109,7 @@ def check_scores(
         int, typer.Option(help="Policies a swap away from each score's optimum.")
     ] = 10,
     batches: Annotated[
-        int | None, typer.Option(help="Batches of training images; by default check.batches.")
+        int | None, typer.Option(help="Batches of validation images; by default check.batches.")
     ] = None,
     question: Question,
     out: Annotated[Path, typer.Option(help="File to write all numbers to.")] = Path("check.json"),
@@ -143,7 +143,7 @@ def check_scores(
         own = given.search.question()
         asked |= {name: own[name] for name in BUDGETS}  # type: ignore[literal-required]
         asked["latency_table"] = asked["latency_table"] or own.get("latency_table")
-    from limpq_ext.app.scoring import measuring, other_batches
+    from limpq_ext.app.scoring import checking, other_batches
     from limpq_ext.app.session import Session, choose_device
     from limpq_ext.scores.check import check_scores as check
     from limpq_ext.training.distributed import from_main, process_group
@@ -163,7 +163,7 @@ def check_scores(
                     random=random,
                     neighbours=neighbours,
                     seed=given.seed,
-                    measuring=measuring(session),
+                    measuring=checking(session),
                     on_measured=on_step,
                     **asked,
                 )
