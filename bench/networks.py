@@ -22,6 +22,8 @@ from .photographs import draw_crops, find_photographs, split_photographs
 
 PHOTO_SIZE, GLYPH_SIZE = 128, 32
 PHOTO_TRAIN, PHOTO_TEST = 1_284, 416
+HELD = 384
+"""Images for choices; of photographs the last ones to train on, which the weights have not seen."""
 GLYPH_TRAIN, GLYPH_TEST = 30_000, 2_000
 TEST_SHARE: Final = 0.25
 """Of the photographs."""
@@ -37,12 +39,14 @@ class Images:
     Attributes:
         train: ``[n, 3, size, size]``; for calibration, scores and training.
         train_labels: ``[n]``; of photographs what the float network says.
+        held: Others, of which the float network has seen none, for choices between policies.
         test: Of other photographs or glyphs.
         test_labels: Their classes; None where they are not known.
     """
 
     train: Tensor
     train_labels: Tensor
+    held: Tensor
     test: Tensor
     test_labels: Tensor | None
 
@@ -166,19 +170,23 @@ def photographs(folder: Path) -> tuple[Tensor, Tensor]:
 
 def glyphs(folder: Path) -> Images:
     """Drawn glyphs of 32 pixels, drawn once and kept."""
-    parts = []
-    for split, count in (("train", GLYPH_TRAIN), ("test", GLYPH_TEST)):
-        kept = folder / f"glyphs-{split}.pt"
-        drawn = GlyphImages(count, split, size=GLYPH_SIZE, channels=3)
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, split, first, count in (
+        ("train", "train", 0, GLYPH_TRAIN),
+        ("held", "train", GLYPH_TRAIN, HELD),
+        ("test", "test", 0, GLYPH_TEST),
+    ):
+        kept = folder / f"glyphs-{name}.pt"
+        drawn = GlyphImages(first + count, split, size=GLYPH_SIZE, channels=3, cache=False)
         if not kept.exists():
-            drawn.load()
-            pixels = torch.stack([drawn.read(index)[0] for index in range(count)])
+            pixels = torch.stack([drawn.read(first + index)[0] for index in range(count)])
             with open_atomically(kept) as file:
                 torch.save(pixels, file)
         pixels = torch.load(kept, weights_only=True)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        parts += [(pixels[order].float() / 255 - 0.5) / 0.25, torch.from_numpy(drawn.labels)[order]]
-    return Images(*parts)
+        labels = torch.from_numpy(drawn.labels[first:])
+        parts[name] = ((pixels[order].float() / 255 - 0.5) / 0.25, labels[order])
+    return Images(*parts["train"], parts["held"][0], *parts["test"])
 
 
 @torch.no_grad()
@@ -245,7 +253,8 @@ def network(name: str, folder: Path) -> tuple[nn.Module, Images]:
     if not labels.exists():
         with open_atomically(labels) as file:
             torch.save(outputs(model, train).argmax(1), file)
-    return model, Images(train, torch.load(labels, weights_only=True), test, None)
+    told = torch.load(labels, weights_only=True)
+    return model, Images(train[:-HELD], told[:-HELD], train[-HELD:], test, None)
 
 
 @torch.no_grad()

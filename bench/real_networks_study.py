@@ -32,8 +32,8 @@ SCORE_BATCH: Final = 32
 CALIBRATION_IMAGES: Final = 128
 """Of the correction, of step sizes and of scores."""
 CHOICE_IMAGES: Final = 128
-"""Further ones of the training set, on which the best scores are chosen for fine-tuning."""
-REFINE_IMAGES: Final = 256
+"""Of those that are held, on which the best scores are chosen for fine-tuning; policies are refined
+on the rest."""
 REFINE_STEPS: Final = 60
 JOINT_STEPS: Final = 40
 TUNED_STEPS: Final = 400
@@ -213,7 +213,7 @@ class Study:
 
     @property
     def _choice(self) -> Tensor:
-        return self.images.train[CALIBRATION_IMAGES:][:CHOICE_IMAGES]
+        return self.images.held[:CHOICE_IMAGES]
 
     @functools.cached_property
     def prepared(self) -> nn.Module:
@@ -282,12 +282,15 @@ class Study:
             return lq.refine(
                 self.policy(score, budget),
                 self.model,
-                self._batches(CALIBRATION_IMAGES + CHOICE_IMAGES, REFINE_IMAGES),
+                [(x, None) for x in self.images.held[CHOICE_IMAGES:].split(SCORE_BATCH)],
                 self.costs,
                 indicators=self.indicators(score),
                 bits=BITS,
                 steps=REFINE_STEPS,
-                measuring={"per_channel_weights": True},
+                measuring={
+                    "per_channel_weights": True,
+                    "calibration": self._batches(0, CALIBRATION_IMAGES),
+                },
                 **limit,
             )
         return lq.search(self.indicators(way), self.costs, non_monotone="isotonic", **limit)

@@ -128,13 +128,13 @@ def refine_policy(
     on_step: StepDone,
 ) -> Policy:
     """A policy after swaps of bits that lower what it loses without training."""
-    options, scores = session.recipe.refine, session.recipe.scores
+    options = session.recipe.refine
 
     def refined() -> Policy:
         return refine(
             policy,
             model,
-            first_batches(session, scores.batch_size, scores.batches),
+            refining_batches(session),
             costs,
             indicators=indicators,
             held_out=other_batches(session),
@@ -142,7 +142,7 @@ def refine_policy(
             seconds=options.seconds,
             steps=options.steps,
             seed=session.recipe.seed,
-            measuring=measuring(session),
+            measuring=checking(session),
             on_measured=lambda steps, _: on_step(steps, options.steps or steps + options.patience),
             **session.recipe.search.question(),
         )
@@ -157,8 +157,17 @@ def other_batches(session: Session) -> list[Any]:
     """
     check, scores = session.recipe.check, session.recipe.scores
     if len(session.data.val):
-        return validation_batches(session, scores.batch_size, check.batches)
+        return validation_batches(session, scores.batch_size, check.batches, 0)
     return first_batches(session, scores.batch_size, check.batches, scores.batches)
+
+
+def refining_batches(session: Session) -> list[Any]:
+    """Validation batches after those of the check; without any, those of the scores."""
+    check, scores = session.recipe.check, session.recipe.scores
+    found: list[Any] = []
+    if len(session.data.val):
+        found = validation_batches(session, scores.batch_size, scores.batches, check.batches)
+    return found or first_batches(session, scores.batch_size, scores.batches)
 
 
 def measuring(session: Session) -> Measuring:

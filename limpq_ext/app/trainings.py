@@ -192,17 +192,18 @@ def first_batches(session: Session, batch_size: int, count: int, skipped: int = 
     return list(itertools.islice(batches, skipped, skipped + count))
 
 
-def validation_batches(session: Session, batch_size: int, count: int) -> list[Any]:
-    """Batches of validation images in a random order.
+def validation_batches(session: Session, batch_size: int, count: int, skipped: int) -> list[Any]:
+    """Batches of validation images in a random order, each image once.
 
     Args:
         session: The recipe; its data have validation images.
         batch_size: Samples in a batch, over all processes.
         count: The most that there are.
+        skipped: Batches before them.
     """
     session.seed(rank())
     loader = _loader(session, session.data.val, batch_size)
-    return list(itertools.islice(batches_of_epoch(loader, 0), count))
+    return list(itertools.islice(batches_of_epoch(loader, 0), skipped, skipped + count))
 
 
 def _seeded_loader(session: Session, options: TrainingSection, fraction: float = 1.0) -> Any:

@@ -60,6 +60,15 @@ def test_without_validation_images_policies_are_checked_after_the_batches_of_the
     assert len(images_of([*ours, *others])) == 5 * 32
 
 
+def test_policies_are_refined_on_validation_images_that_are_left():
+    own = session(check={"batches": 2})
+    refining, others = scoring.refining_batches(own), scoring.other_batches(own)
+    assert [len(target) for _, target in refining] == [32, 32]
+    assert len(images_of([*refining, *others])) == 4 * 32
+    few = session(check={"batches": 4})  # that is all of them
+    assert images_of(scoring.refining_batches(few)) == images_of(first_batches(few, 32, 2))
+
+
 def test_policies_are_checked_under_the_calibration_of_the_scores():
     own = session()
     found, ours = scoring.checking(own), first_batches(own, 32, 2)

@@ -244,7 +244,7 @@ def study(tmp_path, monkeypatch):
     model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
     x = torch.randn(48, 3, 8, 8)
     labels = model(x).argmax(1)
-    images = networks.Images(x[:32], labels[:32], x[32:], labels[32:])
+    images = networks.Images(x[:32], labels[:32], x[24:40], x[32:], labels[32:])
     monkeypatch.setattr(real_networks_study, "network", lambda name, folder: (model, images))
     for name, value in (
         ("SCORE_BATCH", 8), ("CALIBRATION_IMAGES", 16), ("CHOICE_IMAGES", 8), ("JOINT_STEPS", 5),
