@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import limpq_ext as lq
 from limpq_ext.nn.start_values import SCALE_STARTS
@@ -85,17 +86,19 @@ class Tuning:
         size: Their height and width; they are made smaller where it is another one.
         lr: Highest learning rate.
         optimizer: Which one.
+        frozen_norms: Batch normalisation keeps its corrected statistics.
     """
 
     batch: int
     size: int
     lr: float
     optimizer: str = "sgd"
+    frozen_norms: bool = False
 
 
 TUNING: Final = {
-    "lite0": Tuning(batch=16, size=96, lr=0.01),
-    "lite1": Tuning(batch=16, size=96, lr=0.01),
+    "lite0": Tuning(batch=16, size=96, lr=3e-5, optimizer="adamw", frozen_norms=True),
+    "lite1": Tuning(batch=16, size=96, lr=3e-5, optimizer="adamw", frozen_norms=True),
     "resnet20": Tuning(batch=64, size=GLYPH_SIZE, lr=0.02),
     "transformer": Tuning(batch=64, size=GLYPH_SIZE, lr=5e-4, optimizer="adamw"),
 }
@@ -306,10 +309,13 @@ class Study:
             raise NotThereYet(f"there is no score '{score}' of {self.name}")
         return Indicators.load(kept)
 
-    def calibrated(self, policy: Policy) -> nn.Module:
-        """The network at a policy's bits, without training."""
+    def calibrated(self, policy: Policy, size: int) -> nn.Module:
+        """The network at a policy's bits, without training, for images of a size."""
         model = lq.apply_policy(self.prepared, policy, per_channel_weights=True, scale_start="mse")
-        lq.calibrate(model, self._batches(0, CALIBRATION_IMAGES), reference=self.model)
+        batches = [
+            (_resized(x, size), target) for x, target in self._batches(0, CALIBRATION_IMAGES)
+        ]
+        lq.calibrate(model, batches, reference=self.model)
         return model
 
     def compared(self, found: Tensor, reference: Tensor) -> dict[str, float]:
@@ -400,7 +406,11 @@ class Study:
     def _tuned(self, policy: Policy, seed: int) -> dict[str, Any]:
         how = TUNING[self.name]
         torch.manual_seed(seed)
-        model = self.calibrated(policy)
+        model = self.calibrated(policy, how.size).train()
+        if how.frozen_norms:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         train, test = (_resized(x, how.size) for x in (self.images.train, self.images.test))
         loader = Shuffled(train, self.images.train_labels, how.batch, seed)
         epochs = math.ceil(TUNED_STEPS / len(loader))
