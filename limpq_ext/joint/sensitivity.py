@@ -134,33 +134,45 @@ class SensitivityMeter:
         factor: Tensor | float,
         ready_gradient: Callable[[str], Tensor | None],
     ) -> None:
-        zeros = self._totals.new_zeros(len(self._bits))
-        inputs = [
-            sum(sums[1:], sums[0]).square().sum(dim=1) if sums else zeros
-            for sums in self._inputs.values()
-        ]
-        weights = []
+        parts = []
         for name, layer in self._layers.items():
+            no_weight, no_input = self._no_sums(layer)
             ready, calls = ready_gradient(name), self._gradients[name]
             grad = ready if ready is not None else sum(calls[1:], calls[0]) if calls else None
-            weights.append(zeros if grad is None else squares_of_weight(layer, grad))
-        values = torch.stack([torch.stack(weights), torch.stack(inputs)]) * factor**2
-        finite = values.isfinite().all()  # not where a scaled gradient overflowed
-        counts = self._counts.new_tensor([samples, 1.0]) * finite
-        values = torch.where(finite, values, 0.0)
+            parts.append(no_weight if grad is None else weight_sums(layer, grad))
+            sums = self._inputs[name]
+            parts.append(sum(sums[1:], sums[0]) if sums else no_input)
         self._inputs, self._gradients = {}, {}
+        # Of the whole batch before they are squared, so that processes do not matter.
+        whole = torch.cat([part.flatten() for part in parts]) * factor
+        counts = self._counts.new_tensor([samples, 1.0])
         if is_distributed():
-            dist.all_reduce(values)
-            dist.all_reduce(counts)
-        self._totals += values
-        self._counts += counts
+            dist.all_reduce(whole)
+            dist.all_reduce(counts[:1])
+        finite = whole.isfinite().all()  # not where a scaled gradient overflowed
+        squares = [
+            part.reshape(len(self._bits), -1).square().sum(dim=1)
+            for part in whole.split([part.numel() for part in parts])
+        ]
+        values = torch.stack(squares).reshape(len(self._layers), 2, -1).transpose(0, 1)
+        self._totals += torch.where(finite, values, 0.0)
+        self._counts += counts * finite
+
+    def _no_sums(self, layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+        """Those of the weights and of the input of a layer that did not run here."""
+        shape = layer.weight.shape
+        if getattr(layer, "transposed", False):
+            channels = shape[1], shape[0]
+        else:
+            channels = shape[0], shape[1] * int(getattr(layer, "groups", 1))
+        of_weight, of_input = (self._totals.new_zeros(len(self._bits), count) for count in channels)
+        return of_weight, of_input
 
 
-def squares_of_weight(layer: QuantizedLayer, grad: Tensor) -> Tensor:
-    """The squares of the output channels' sums, added, for each bit-width: ``[len(bits)]``."""
+def weight_sums(layer: QuantizedLayer, grad: Tensor) -> Tensor:
+    """The error sums of a layer's weights by output channel, ``[len(bits), channels]``."""
     channels = int(getattr(layer, "transposed", False))
-    sums = layer.weight_quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums
-    return sums.square().sum(dim=1)
+    return layer.weight_quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums
 
 
 def input_channel_axis(layer: QuantizedLayer, x: Tensor) -> int:

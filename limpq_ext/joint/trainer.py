@@ -316,8 +316,8 @@ class JointTrainer:
 
         Half the sum over channels of ``<G, e_b>**2 / N``, with the gradient G of the summed loss of
         a batch of N samples at a layer's weights or input in the highest branch, and the error
-        ``e_b`` there at b bits and the step size of the time. In a run of several processes, each
-        with its share of the batch, all have the same.
+        ``e_b`` there at b bits and the step size of the time. The batch is that of all processes,
+        which have the same.
 
         Raises:
             ValueError: Nothing was measured: ``sensitivity_every`` is 0, or no such step was taken

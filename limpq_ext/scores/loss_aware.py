@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from limpq_ext.joint.sensitivity import input_channel_axis, squares_of_weight
+from limpq_ext.joint.sensitivity import input_channel_axis, weight_sums
 from limpq_ext.nn.inputs import call
 from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.scores.calls import Call, Calls, loss_of
@@ -96,7 +96,7 @@ def loss_aware(
 def _of_weight(layer: QuantizedLayer, grad: Tensor | None) -> Tensor:
     if grad is None:
         return layer.weight.new_zeros(len(layer.weight_quantizer.bits), dtype=torch.float64)
-    return squares_of_weight(layer, grad)
+    return weight_sums(layer, grad).square().sum(dim=1)
 
 
 @torch.no_grad()

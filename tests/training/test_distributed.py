@@ -45,9 +45,9 @@ def test_two_processes_on_halves_of_a_batch_equal_one_on_the_whole(tmp_path):
             atol=1e-8,
             msg=lambda m, n=name: f"{n}: {m}",
         )
-    # Those of activations: a gradient of the weights is that of a process's share.
     for layer, other in zip(*(f["sensitivities"]["layers"] for f in (whole, half)), strict=True):
-        assert other["activation"] == pytest.approx(layer["activation"], rel=1e-5)
+        for kind in ("weight", "activation"):
+            assert other[kind] == pytest.approx(layer[kind], rel=1e-5)
 
 
 def test_two_processes_have_the_same_bits_after_fifty_steps(tmp_path):
