@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.layers import QuantizedLayer, channel_axis
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.training.distributed import is_distributed
 from limpq_ext.values.indicators import Indicators, LayerIndicators
@@ -116,7 +116,7 @@ class SensitivityMeter:
         self, name: str, layer: QuantizedLayer
     ) -> Callable[[LsqQuantizer, Tensor, Tensor], None]:
         def take(quantizer: LsqQuantizer, x: Tensor, grad: Tensor) -> None:
-            axis = input_channel_axis(layer, x)
+            axis = channel_axis(layer, x)
             self._inputs[name].append(quantizer.error_sums(x, grad, sum_axis=axis).sums)
 
         return take
@@ -173,11 +173,6 @@ def weight_sums(layer: QuantizedLayer, grad: Tensor) -> Tensor:
     """The error sums of a layer's weights by output channel, ``[len(bits), channels]``."""
     channels = int(getattr(layer, "transposed", False))
     return layer.weight_quantizer.error_sums(layer.weight, grad, sum_axis=channels).sums
-
-
-def input_channel_axis(layer: QuantizedLayer, x: Tensor) -> int:
-    """The axis of the channels in what a layer takes in."""
-    return x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
 
 
 def _following(

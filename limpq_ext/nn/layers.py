@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from limpq_ext.nn.quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 from limpq_ext.nn.start_values import ScaleStart
@@ -112,6 +113,13 @@ QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
 }
+
+
+def channel_axis(module: nn.Module, x: Tensor) -> int:
+    """The axis of the channels in what a layer or a normalisation takes or puts out."""
+    if isinstance(module, nn.Linear):
+        return x.dim() - 1
+    return x.dim() - module.weight.dim() + 1 if isinstance(module, _ConvNd) else 1
 
 
 def quantizable_base(module: nn.Module) -> type[nn.Module] | None:

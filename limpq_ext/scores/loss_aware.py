@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from limpq_ext.joint.sensitivity import input_channel_axis, weight_sums
+from limpq_ext.joint.sensitivity import weight_sums
 from limpq_ext.nn.inputs import call
-from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.layers import QuantizedLayer, channel_axis
 from limpq_ext.scores.calls import Call, Calls, loss_of
-from limpq_ext.scores.moved_output import channel_axis, corrections
+from limpq_ext.scores.moved_output import corrections
 from limpq_ext.scores.subject import Subject
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.indicators import Indicators
@@ -107,7 +107,7 @@ def _of_input(layer: QuantizedLayer, calls: Sequence[tuple[Call, Tensor | None]]
     for one, grad in calls:
         if grad is not None:
             x = one.input.detach()
-            axis = input_channel_axis(layer, x)
+            axis = channel_axis(layer, x)
             total = total + quantizer.error_sums(x, grad, sum_axis=axis).sums
     return total.square().sum(dim=1)
 

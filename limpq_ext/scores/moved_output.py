@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
-from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.layers import QuantizedLayer, channel_axis
 from limpq_ext.scores.calls import Calls
 from limpq_ext.scores.subject import Subject
 from limpq_ext.training.correction import LEAST_RATIO
@@ -155,8 +155,3 @@ def by_channel(name: str, layer: QuantizedLayer, output: Tensor, samples: int) -
         )
     axis = channel_axis(layer, output)
     return output.unflatten(0, (samples, -1)).movedim(axis + 1, 1).flatten(2)
-
-
-def channel_axis(layer: nn.Module, tensor: Tensor) -> int:
-    """The axis of the channels in what a layer takes or puts out."""
-    return tensor.dim() - 1 if isinstance(layer, nn.Linear) else 1

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from limpq_ext.nn.inputs import call, samples_in
-from limpq_ext.nn.layers import QuantizedLayer
+from limpq_ext.nn.layers import QuantizedLayer, channel_axis
 from limpq_ext.scores.calls import Call, Calls
-from limpq_ext.scores.moved_output import channel_axis
 from limpq_ext.scores.squared_errors import SquaredErrors
 from limpq_ext.scores.subject import Subject
 from limpq_ext.training.batches import Batches

@@ -27,7 +27,7 @@ from limpq_ext.graph.trace import trace
 from limpq_ext.nn.attention import with_layers
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.inputs import call, moved
-from limpq_ext.nn.layers import QuantizedLayer, quantizable_base
+from limpq_ext.nn.layers import QuantizedLayer, channel_axis, quantizable_base
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.training.batches import Batches
 from limpq_ext.training.distributed import broadcast_state
@@ -181,7 +181,7 @@ class FloatMoments:
             self._calls[name] += 1
             of = inputs[0] if isinstance(module, _BatchNorm) else output
             if isinstance(of, Tensor):  # a layer that stays in float may put out anything
-                self._moments[name] = _moments(of, _channel_axis(module, of))
+                self._moments[name] = _moments(of, channel_axis(module, of))
 
         return hook
 
@@ -197,7 +197,7 @@ def corrected_statistics(
         told: The moments of its input in the float network.
         running: Its ``running_mean`` and ``running_var``.
     """
-    mean, variance = _moments(x, _channel_axis(norm, x))
+    mean, variance = _moments(x, channel_axis(norm, x))
     float_mean, float_variance = told
     ratio = torch.where(float_variance > 0, variance / float_variance, 1.0)
     return (
@@ -214,13 +214,13 @@ def correction_of_bias(layer: nn.Module, output: Tensor, told: Moments) -> Tenso
         output: What it puts out in the quantized network.
         told: The moments of its output in the float network.
     """
-    return (told[0] - _moments(output, _channel_axis(layer, output))[0]).to(output.dtype)
+    return (told[0] - _moments(output, channel_axis(layer, output))[0]).to(output.dtype)
 
 
 def by_channel(values: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
     """Values of channels in a shape that can be added to a layer's output."""
     shape = [1] * output.dim()
-    shape[_channel_axis(layer, output)] = -1
+    shape[channel_axis(layer, output)] = -1
     return values.reshape(shape)
 
 
@@ -246,11 +246,6 @@ def _bias_hook(told: Moments) -> Callable[..., Tensor]:
 
 def _is_single(layer: QuantizedLayer) -> bool:
     return len(layer.weight_quantizer.bits) == 1
-
-
-def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
-    """The axis of the channels in what a layer puts out, or a normalisation takes."""
-    return tensor.dim() - 1 if isinstance(module, nn.Linear) else 1
 
 
 def _moments(x: Tensor, axis: int) -> Moments:
