@@ -25,13 +25,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from limpq_ext.values.files import open_atomically, write_json
+from limpq_ext.values.files import open_atomically
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 
 from .networks import (
     GLYPH_SIZE,
     GLYPH_TEST,
     GLYPH_TRAIN,
+    HELD,
     NETWORKS,
     PHOTO_SIZE,
     PHOTO_TEST,
@@ -44,6 +45,7 @@ from .real_networks_study import (
     CHOICE_IMAGES,
     JOINT_STEPS,
     LEARNED,
+    LOSS_AWARE_IMAGES,
     RANDOM_DRAWS,
     SCORES,
     TUNED_STEPS,
@@ -140,7 +142,9 @@ def record(path: Path, folder: Path, results: Results) -> None:
         "cpu",
         bits=BITS,
         calibration_images=CALIBRATION_IMAGES,
+        loss_aware_images=LOSS_AWARE_IMAGES,
         choice_images=CHOICE_IMAGES,
+        refining_images=HELD - CHOICE_IMAGES,
         joint_steps=JOINT_STEPS,
         tuned_steps=TUNED_STEPS,
         photographs={"train": PHOTO_TRAIN, "test": PHOTO_TEST, "size": PHOTO_SIZE},
@@ -151,9 +155,17 @@ def record(path: Path, folder: Path, results: Results) -> None:
         name: {score: _table(indicators) for score, indicators in own.items()}
         for name, own in scores.items()
     }
-    write_json(path, {"run": described, "results": results.lines(), "scores": tables})
+    with open_atomically(path) as file:
+        file.write(_json_text(described, results.lines(), tables).encode())
     with open_atomically(path.with_suffix(".md")) as file:
         file.write(page(described, results, scores).encode())
+
+
+def _json_text(described: object, lines: Sequence[object], scores: object) -> str:
+    """A file of JSON with each result on a line of its own, which a comparison can show."""
+    run, tables = json.dumps(described, indent=1), json.dumps(scores)
+    each = ",\n".join(json.dumps(line, allow_nan=False) for line in lines)
+    return f'{{"run": {run},\n"results": [\n{each}\n],\n"scores": {tables}}}\n'
 
 
 def resume(path: Path, folder: Path, results: Results) -> None:

@@ -268,8 +268,10 @@ def page(
         " class, in per cent, and the mean KL(float || quantized) in nats. Weights have a scale per"
         f" channel, candidates are {', '.join(map(str, run['bits']))} bits, first and last layer"
         f" have 8. Calibrated on {run['calibration_images']} images: step sizes of least squared"
-        " error, batch normalisation and biases corrected by what quantization moves. Random"
-        " policies use 99 to 100 % of the budget.",
+        " error, batch normalisation and biases corrected by what quantization moves. Scores are"
+        f" measured on the same images, loss_aware on {run['loss_aware_images']}; policies are"
+        f" refined on {run['refining_images']} others. Random policies use 99 to 100 % of the"
+        " budget.",
         "",
         "## Targets",
         "",

@@ -39,6 +39,8 @@ RUN = {
     "versions": {"torch": "2"},
     "bits": (2, 4),
     "calibration_images": 128,
+    "loss_aware_images": 512,
+    "refining_images": 256,
 }
 
 
