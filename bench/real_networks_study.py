@@ -99,7 +99,7 @@ class Tuning:
 TUNING: Final = {
     "lite0": Tuning(batch=16, size=96, lr=3e-5, optimizer="adamw", frozen_norms=True),
     "lite1": Tuning(batch=16, size=96, lr=3e-5, optimizer="adamw", frozen_norms=True),
-    "resnet20": Tuning(batch=64, size=GLYPH_SIZE, lr=0.02),
+    "resnet20": Tuning(batch=64, size=GLYPH_SIZE, lr=0.004),
     "transformer": Tuning(batch=64, size=GLYPH_SIZE, lr=5e-4, optimizer="adamw"),
 }
 

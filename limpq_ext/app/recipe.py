@@ -222,6 +222,11 @@ class RefineSection(_Section):
 
     seconds: float | None = Field(None, gt=0, description="the most that it may take")
     steps: int | None = Field(None, ge=1, description="the most policies that are measured")
+    deviations: float = Field(
+        2.0,
+        ge=0,
+        description="a swap is kept where the loss falls by more than so many standard errors",
+    )
     patience: int = Field(50, ge=1, description="policies in a row that did not help")
 
     @property

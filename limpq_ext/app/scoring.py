@@ -138,6 +138,7 @@ def refine_policy(
             costs,
             indicators=indicators,
             held_out=other_batches(session),
+            deviations=options.deviations,
             patience=options.patience,
             seconds=options.seconds,
             steps=options.steps,

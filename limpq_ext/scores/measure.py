@@ -154,15 +154,30 @@ class PolicyLoss:
             ValueError: The policy is of other layers, or its loss is NaN or infinite.
         """
         found = self.log_probabilities(policy)
-        if self._target is None:
-            loss = F.kl_div(found, self._reference, reduction="batchmean", log_target=True)
-        else:
-            loss = F.nll_loss(found, self._target)
         agreement = (found.argmax(1) == self._reference.argmax(1)).double().mean()
-        told = torch.stack([loss, agreement]).tolist()
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the policy is {told[0]}")
-        return Measurement(max(0.0, told[0]), told[1])  # below 0 by rounding only
+        loss, agreeing = torch.stack([self._losses(found).mean(), agreement]).tolist()
+        return Measurement(max(0.0, loss), agreeing)  # below 0 by rounding only
+
+    @torch.no_grad()
+    def losses(self, policy: Policy) -> Tensor:
+        """What a policy loses on each sample, whose mean is its loss: ``[samples]``, in float64.
+
+        Args:
+            policy: Bits of all layers that are not excluded, the fixed ones included.
+
+        Raises:
+            ValueError: The policy is of other layers, or its loss is NaN or infinite.
+        """
+        return self._losses(self.log_probabilities(policy))
+
+    def _losses(self, found: Tensor) -> Tensor:
+        if self._target is None:
+            losses = F.kl_div(found, self._reference, reduction="none", log_target=True).sum(1)
+        else:
+            losses = F.nll_loss(found, self._target, reduction="none")
+        if not torch.isfinite(loss := losses.mean()):
+            raise ValueError(f"the loss of the policy is {float(loss)}")
+        return losses
 
     @torch.no_grad()
     def log_probabilities(self, policy: Policy) -> Tensor:

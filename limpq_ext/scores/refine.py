@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from limpq_ext.allocation.budgets import BUDGETS
@@ -44,6 +45,7 @@ def refine(
     bits: Sequence[int] = (2, 3, 4, 5, 6),
     measure: Measure = "kl",
     held_out: Batches | None = None,
+    deviations: float = 2.0,
     patience: int = 50,
     seconds: float | None = None,
     steps: int | None = None,
@@ -57,20 +59,23 @@ def refine(
     A step raises the bits of a tensor and lowers those of one in another layer, exchanges bits
     between weights and input of a layer, or raises bits that still fit. Each keeps every budget in
     exact integers, and every restriction. It is accepted if the loss without training, calibrated
-    as `calibrate` does with a reference, is lower than before. A step takes a forward of the
-    batches.
+    as `calibrate` does with a reference, is lower than before, and by more than chance makes it on
+    so few samples. A step takes a forward of the batches.
 
     Args:
         policy: Where to begin, such as what a search found.
         model: The float classifier; it is left as it is.
         batches: Some batches to calibrate and to measure with, on any device; their targets matter
-            for "loss" alone. Several hundred images: on few, steps follow their chance.
+            for "loss" alone. Several hundred images: on few, little is beyond chance.
         costs: Costs of the network.
         indicators: Scores that say what to try first; None: by chance.
         bits: Candidates where there are no scores, beside those that the policy has.
         measure: "kl": the divergence from the float network. "loss": the cross entropy.
         held_out: Other batches, on which the policy is measured before and after, and nothing is
             decided.
+        deviations: By how many standard errors of its mean over the samples the change of the loss
+            has to be below 0. 0: any lower loss is accepted, and steps follow the chance of the
+            samples.
         patience: Stop after so many steps in a row that did not help.
         seconds: Stop after this time, what is prepared included. None: no such limit.
         steps: Stop after so many steps. None: no such limit.
@@ -100,6 +105,8 @@ def refine(
     for name, number in (("patience", patience), ("seconds", seconds), ("steps", steps)):
         if number is not None and not number > 0:
             raise ValueError(f"{name} is {number}, expected a positive number")
+    if not deviations >= 0:
+        raise ValueError(f"deviations is {deviations}, expected 0 or more")
     problem = _problem(policy, costs, indicators, bits, question)
     start = _pairs_of(policy, problem)
     options: Measuring = measuring or {}
@@ -108,7 +115,8 @@ def refine(
     walk = _Walk(
         problem,
         start,
-        lambda pairs: loss(_with_bits(policy, problem, pairs)),
+        lambda pairs: loss.losses(_with_bits(policy, problem, pairs)).cpu().numpy(),
+        deviations,
         np.random.default_rng(seed),
     )
     stopped_by = _walk_on(
@@ -124,6 +132,7 @@ def refine(
         "before": walk.first_loss,
         "after": walk.loss,
         "stopped_by": stopped_by,
+        "deviations": deviations,
         "seed": seed,
         "record": walk.record,
     }
@@ -170,13 +179,15 @@ class _Walk:
         self,
         problem: Problem,
         start: Pairs,
-        measure: Callable[[Pairs], float],
+        measure: Callable[[Pairs], NDArray[np.float64]],
+        deviations: float,
         generator: np.random.Generator,
     ) -> None:
         self.pairs = start
-        self.loss = self.first_loss = measure(start)
+        self._losses = measure(start)
+        self.loss = self.first_loss = _mean(self._losses)
         self.record: list[dict[str, Any]] = []
-        self._measure, self._generator = measure, generator
+        self._measure, self._deviations, self._generator = measure, deviations, generator
         self._names = list(problem.pairs)
         self._near = Neighbours(problem)
         self._measured = {start}
@@ -197,8 +208,9 @@ class _Walk:
     def step(self, bits: Mapping[int, Pair]) -> bool:
         """Measure a step, and take it if it helps."""
         pairs = changed(self.pairs, bits)
-        loss = self._measure(pairs)
-        accepted = loss < self.loss
+        losses = self._measure(pairs)
+        loss = _mean(losses)
+        accepted = loss < self.loss - self._deviations * _standard_error(losses - self._losses)
         self._measured.add(pairs)
         self.record.append(
             {
@@ -210,7 +222,7 @@ class _Walk:
         )
         self._expected.learn(self.pairs, bits, loss - self.loss)
         if accepted:
-            self.pairs, self.loss = pairs, loss
+            self.pairs, self.loss, self._losses = pairs, loss, losses
             self._look_around()
         return accepted
 
@@ -218,6 +230,15 @@ class _Walk:
         every = list(self._near.within(self.pairs))
         self._steps = [every[i] for i in self._generator.permutation(len(every)).tolist()]
         self._expected.about(self.pairs, self._steps)
+
+
+def _mean(losses: NDArray[np.float64]) -> float:
+    return max(0.0, float(losses.mean()))  # below 0 by rounding only
+
+
+def _standard_error(changes: NDArray[np.float64]) -> float:
+    """Of the mean; 0 of a single sample, of which nothing is known."""
+    return float(changes.std(ddof=1) / math.sqrt(len(changes))) if len(changes) > 1 else 0.0
 
 
 class _Expectations:

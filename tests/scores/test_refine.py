@@ -18,7 +18,7 @@ from limpq_ext.values.indicators import Indicators
 from limpq_ext.values.policy import LayerBits, Policy
 
 BITS = (2, 3, 4)
-EVER = {"patience": 10_000}
+EVER = {"patience": 10_000, "deviations": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,28 @@ def test_the_record_leads_from_the_first_policy_to_the_last(policy, refined):
             bits = {**bits, **{name: tuple(pair) for name, pair in step["bits"].items()}}
     assert (bits, loss) == (refined.bits(), told["after"])
     assert 0 < sum(step["accepted"] for step in told["record"]) < len(told["record"])
+
+
+@pytest.mark.parametrize("deviations", [0.5, 2.0])
+def test_what_may_be_chance_is_not_accepted(deviations, policy, model, data, costs, indicators):
+    own = lq.refine(
+        policy, model, data, costs, indicators=indicators, steps=30, deviations=deviations
+    )
+    told = own.meta["refined"]
+    assert told["deviations"] == deviations
+    loss = PolicyLoss(model, data)
+    now, decided = policy, []
+    for step in told["record"]:
+        bits = {**now.bits(), **{name: tuple(pair) for name, pair in step["bits"].items()}}
+        layers = tuple(LayerBits(name, *bits[name]) for name in names(costs))
+        tried = dataclasses.replace(now, layers=layers)
+        change = loss.losses(tried) - loss.losses(now)
+        mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
+        assert mean == pytest.approx(step["after"] - step["before"], abs=1e-12)
+        assert step["accepted"] == (mean < -deviations * error)
+        decided.append((mean < 0, step["accepted"]))
+        now = tried if step["accepted"] else now
+    assert (True, deviations < 1) in decided
 
 
 def test_no_policy_is_measured_twice(policy, refined):
@@ -311,6 +333,8 @@ def test_the_model_is_left_as_it_is(policy, model, data, costs, indicators):
     [
         ({"patience": 0}, ValueError, "patience is 0, expected a positive number"),
         ({"seconds": -1}, ValueError, "seconds is -1, expected a positive number"),
+        ({"deviations": -1}, ValueError, "deviations is -1, expected 0 or more"),
+        ({"deviations": math.nan}, ValueError, "deviations is nan, expected 0 or more"),
         ({"steps": 0}, ValueError, "steps is 0, expected a positive number"),
         ({"bitops": "w2a2"}, ValueError, "the policy does not keep bitops <= "),
         ({"batches": []}, ValueError, "there are no batches to measure the loss on"),
