@@ -1,0 +1,184 @@
+"""Quantized networks in ONNX's standard operators, which every engine reads.
+
+What comes into a layer is quantized to 8-bit integers, cut to the range of its bits and dequantized
+(QuantizeLinear, Clip, DequantizeLinear); weights are integers that are dequantized. Brevitas and
+QONNX call it QCDQ. Engines put an integer kernel in the place of a layer between the two where they
+have one, on which the form of the nodes depends:
+
+* a clip comes after the quantization, in integers: in float, before it, the layer stays in float;
+* 4-bit weights are widened to 8 bits before they are dequantized, for the same reason;
+* what is signed has codes from 0 to 255 around 128: on x86 signed codes are not fused;
+* zero points are always given, and constants are initializers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from torch import nn
+
+from limpq_ext.export.batch_norm import Folded, fold_batch_norms
+from limpq_ext.export.codes import LayerCodes, check_widths, layer_codes
+from limpq_ext.export.onnx_graph import (
+    INPUT,
+    WEIGHT,
+    constant,
+    finish,
+    node_layer,
+    onnx_graph,
+    replace,
+)
+from limpq_ext.nn.inputs import Inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
+
+CODES: Final = "input_codes"
+"""What the codes of a layer's input are called, after its name."""
+
+ZERO: Final = 128
+"""The code of 0 where what comes in is signed; else that is 0."""
+
+_SMALL: Final = 4
+"""Bits that fit into ONNX's 4-bit integers."""
+
+_ROOM: Final = 7
+"""Bits of an input beyond which products of two 8-bit codes overflow 16 bits on some processors."""
+
+
+def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -> ir.Model:
+    """A quantized network as an ONNX model of standard operators.
+
+    Args:
+        model: Of :func:`limpq_ext.apply_policy`, calibrated or trained; it is left as it is.
+        example_input: What the model's forward takes; its first axis becomes the batch.
+        shift: Multiply codes of weights by the power of two that 8 bits have room for, and divide
+            their scales by it, where the input has 7 bits or fewer: an engine that rounds biases to
+            the product of both scales then rounds them less. Exact.
+
+    Raises:
+        ValueError: A layer has more than 8 bits, or as in `layer_codes` and `onnx_graph`.
+        ImportError: onnxscript is not installed.
+    """
+    layers = layer_codes(model)
+    check_widths(layers, 8, "ONNX")
+    made = onnx_graph(model, example_input)
+    graph = made.graph
+    folded = fold_batch_norms(graph, layers)
+    runs: Counter[tuple[str, str]] = Counter()
+    for node in list(graph):
+        for kind in (INPUT, WEIGHT):
+            if (name := node_layer(node, kind)) is None:
+                continue
+            runs[name, kind] += 1
+            run = "" if runs[name, kind] == 1 else f".{runs[name, kind]}"
+            if kind == INPUT:
+                _write_input(graph, node, layers[name], run)
+            else:
+                _write_weights(graph, node, layers[name], run, folded.get(node), shift)
+    finish(made)
+    return made
+
+
+def codes_in(graph: ir.Graph) -> dict[str, ir.Value]:
+    """The codes of what comes into layers, by "LAYER.input_codes", ".2" being of its second run."""
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    return {name: value for name, value in values.items() if f".{CODES}" in name}
+
+
+def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) -> None:
+    grid, name = layer.input_range, layer.name
+    zero = ZERO if grid.signed else 0
+    scale = constant(graph, f"{name}.input_scale", grid.scale.float().numpy())
+    zero_point = constant(graph, f"{name}.input_zero_point", np.array(zero, np.uint8))
+    made = [_node("QuantizeLinear", [node.inputs[0], scale, zero_point], f"{name}.quantize{run}")]
+    ends = {"min": grid.quant_min + zero, "max": grid.quant_max + zero}
+    if tuple(ends.values()) != (0, 255):
+        values = [
+            constant(graph, f"{name}.input_{which}", np.array(end, np.uint8))
+            for which, end in ends.items()
+        ]
+        made.append(_node("Clip", [made[0].outputs[0], *values], f"{name}.clip{run}"))
+    codes = made[-1].outputs[0]
+    codes.name = f"{name}.{CODES}{run}"
+    made.append(_node("DequantizeLinear", [codes, scale, zero_point], f"{name}.dequantize{run}"))
+    replace(graph, node, made)
+
+
+def _write_weights(
+    graph: ir.Graph,
+    node: ir.Node,
+    layer: LayerCodes,
+    run: str,
+    folded: Folded | None,
+    shift: bool,
+) -> None:
+    grid, name = layer.weight_range, layer.name
+    codes, scale, axis = layer.weights.numpy(), grid.scale.double().numpy(), grid.axis
+    if folded is not None:
+        scale, axis = scale * folded.factors, folded.axis
+    turned = _turned(node)
+    stored_as = f"{name}.weight_codes"
+    if turned is not None:
+        codes, axis = codes.T, None if axis is None else 1 - axis
+        stored_as += "_transposed"
+    factor = 2 ** (8 - grid.bits) if shift and layer.input_range.bits <= _ROOM else 1
+    if grid.bits <= _SMALL:
+        made, stored = _small_codes(graph, stored_as, codes, factor, f"{name}.weight{run}")
+    else:
+        made, stored = [], constant(graph, stored_as, codes * np.int8(factor))
+    scales = (scale / factor).astype(np.float32)
+    of_run = run if folded is not None else ""
+    values = [
+        stored,
+        constant(graph, f"{name}.weight_scale{of_run}", scales),
+        constant(graph, f"{name}.weight_zero_point{of_run}", np.zeros(scales.shape, np.int8)),
+    ]
+    attributes = {} if axis is None else {"axis": axis}
+    made.append(_node("DequantizeLinear", values, f"{name}.weight{run}.dequantize", attributes))
+    replace(graph, turned or node, made)
+    if turned is not None:
+        graph.remove(node, safe=True)
+
+
+def _small_codes(
+    graph: ir.Graph, stored_as: str, codes: np.ndarray[Any, Any], factor: int, name: str
+) -> tuple[list[ir.Node], ir.Value]:
+    """Codes that are stored in 4 bits, as 8-bit ones times a factor."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    stored = constant(graph, stored_as, ir.tensor(codes.astype(ml_dtypes.int4)))
+    if factor == 1:
+        widened = _node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT8})
+        return [widened], widened.outputs[0]
+    # Engines have no product of 8-bit integers; of constants they compute this one when they load.
+    widened = _node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT32})
+    by = constant(graph, f"{stored_as}_factor", np.array(factor, np.int32))
+    shifted = _node("Mul", [widened.outputs[0], by], f"{name}.shift")
+    narrow = _node("Cast", shifted.outputs, f"{name}.narrow", {"to": ir.DataType.INT8})
+    return [widened, shifted, narrow], narrow.outputs[0]
+
+
+def _turned(node: ir.Node) -> ir.Node | None:
+    """The transposition that is all that reads weights: codes are stored as it leaves them."""
+    uses = list(node.outputs[0].uses())
+    reader = uses[0].node if len(uses) == 1 else None
+    if reader is None or reader.op_type != "Transpose":
+        return None
+    return reader if reader.attributes["perm"].as_ints() == [1, 0] else None
+
+
+def _node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    attributes: dict[str, Any] | None = None,
+) -> ir.Node:
+    import onnx_ir as ir
+
+    return ir.node(op_type, inputs, attributes, name=name)
