@@ -16,6 +16,9 @@ from .data.datasets import DataOptions as DataOptions
 from .data.datasets import load_data as load_data
 from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
+from .export.onnx_files import ExportedFile as ExportedFile
+from .export.onnx_files import export_onnx as export_onnx
+from .export.verify import Verification as Verification
 from .graph.profile import profile as profile
 from .joint.trainer import JointStep as JointStep
 from .joint.trainer import JointTrainer as JointTrainer

@@ -19,6 +19,7 @@ BELOW = {
     "data": ("training", "values"),
     "joint": ("training", "conversion", "graph", "nn", "kernels", "values"),
     "allocation": ("ilp", "values"),
+    "export": ("training", "conversion", "graph", "nn", "kernels", "values"),
     "scores": ("joint", "allocation", "training", "conversion", "graph", "nn", "kernels", "values"),
 }
 """Room -> rooms that its modules may import, inside functions too. `app` may import all of them."""

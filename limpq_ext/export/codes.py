@@ -113,6 +113,22 @@ def check_widths(layers: Mapping[str, LayerCodes], most: int, what: str) -> None
         )
 
 
+def float_bytes(model: nn.Module) -> int:
+    """The size in float32 of a network's parameters and statistics, without its quantizers."""
+    quantizers = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, LsqQuantizer)
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return 4 * sum(
+        tensor.numel()
+        for key, tensor in tensors.items()
+        if key not in quantizers and tensor.is_floating_point()
+    )
+
+
 def _codes(name: str, layer: QuantizedLayer) -> LayerCodes:
     weight_range = _range(f"layer '{name}': weight quantizer", layer.weight_quantizer)
     input_range = _range(f"layer '{name}': input quantizer", layer.input_quantizer)

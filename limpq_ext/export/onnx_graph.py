@@ -34,6 +34,9 @@ OPSET: Final = 21
 DOMAIN: Final = "limpq"
 INPUT, WEIGHT = "Input", "Weight"
 
+_MOST_BYTES: Final = 2**31 - 2**24
+"""Of all constants in a file, which has some bytes of other things as well."""
+
 
 class _Marker(nn.Module):
     """Stands where a quantizer does, and becomes a node that says of which layer."""
@@ -49,13 +52,14 @@ class _Marker(nn.Module):
         )
 
 
-def onnx_graph(model: nn.Module, example_input: Inputs) -> ir.Model:
+def onnx_graph(model: nn.Module, example_input: Inputs, *, quantized: bool = True) -> ir.Model:
     """The graph of a quantized network; its quantizers are nodes ``limpq::Input`` and ``::Weight``.
 
     Args:
         model: Of :func:`limpq_ext.apply_policy`, calibrated or trained; it is left as it is.
         example_input: What the model's forward takes; its first axis becomes the batch, of any
             size.
+        quantized: Whether it has quantizers at all; else it is the graph of a float network.
 
     Raises:
         ValueError: PyTorch cannot export the network: its first reason; or the example holds no
@@ -65,8 +69,9 @@ def onnx_graph(model: nn.Module, example_input: Inputs) -> ir.Model:
     require("onnxscript", "export")
     network = copied(model).cpu().float().eval()
     for name, layer in quantized_layers(network).items():
-        layer.input_quantizer = _Marker(INPUT, name)  # type: ignore[assignment]
-        layer.weight_quantizer = _Marker(WEIGHT, name)  # type: ignore[assignment]
+        for kind in (INPUT, WEIGHT):
+            stands_in = _Marker(kind, name) if quantized else nn.Identity()
+            setattr(layer, f"{kind.lower()}_quantizer", stands_in)
     args, kwargs = tree_map(_two_samples, example_arguments(example_input))
     shapes = tree_map(_first_axis_dynamic, (args, kwargs))
     try:
@@ -141,6 +146,24 @@ def finish(model: ir.Model) -> None:
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The bytes of an ONNX file.
+
+    Raises:
+        ValueError: It would have more than the 2 GB that such a file can have.
+    """
+    import onnx_ir as ir
+
+    proto: Any = ir.to_proto(model)
+    size = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
+    if size > _MOST_BYTES:
+        raise ValueError(f"the ONNX file would have {size / 1e9:.1f} GB, and can have 2")
+    written: bytes = proto.SerializeToString(deterministic=True)
+    return written
 
 
 def _two_samples(value: Any) -> Any:

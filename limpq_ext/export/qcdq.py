@@ -46,9 +46,6 @@ ZERO: Final = 128
 _SMALL: Final = 4
 """Bits that fit into ONNX's 4-bit integers."""
 
-_ROOM: Final = 7
-"""Bits of an input beyond which products of two 8-bit codes overflow 16 bits on some processors."""
-
 
 def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -> ir.Model:
     """A quantized network as an ONNX model of standard operators.
@@ -56,9 +53,8 @@ def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -
     Args:
         model: Of :func:`limpq_ext.apply_policy`, calibrated or trained; it is left as it is.
         example_input: What the model's forward takes; its first axis becomes the batch.
-        shift: Multiply codes of weights by the power of two that 8 bits have room for, and divide
-            their scales by it, where the input has 7 bits or fewer: an engine that rounds biases to
-            the product of both scales then rounds them less. Exact.
+        shift: Multiply codes of weights by a power of two and divide their scales by it, which is
+            exact: an engine that rounds biases to the product of both scales rounds them less.
 
     Raises:
         ValueError: A layer has more than 8 bits, or as in `layer_codes` and `onnx_graph`.
@@ -91,6 +87,8 @@ def codes_in(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) -> None:
+    import onnx_ir as ir
+
     grid, name = layer.input_range, layer.name
     zero = ZERO if grid.signed else 0
     scale = constant(graph, f"{name}.input_scale", grid.scale.float().numpy())
@@ -105,6 +103,7 @@ def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) ->
         made.append(_node("Clip", [made[0].outputs[0], *values], f"{name}.clip{run}"))
     codes = made[-1].outputs[0]
     codes.name = f"{name}.{CODES}{run}"
+    codes.shape, codes.type = node.outputs[0].shape, ir.TensorType(ir.DataType.UINT8)
     made.append(_node("DequantizeLinear", [codes, scale, zero_point], f"{name}.dequantize{run}"))
     replace(graph, node, made)
 
@@ -126,7 +125,7 @@ def _write_weights(
     if turned is not None:
         codes, axis = codes.T, None if axis is None else 1 - axis
         stored_as += "_transposed"
-    factor = 2 ** (8 - grid.bits) if shift and layer.input_range.bits <= _ROOM else 1
+    factor = _factor(layer) if shift else 1
     if grid.bits <= _SMALL:
         made, stored = _small_codes(graph, stored_as, codes, factor, f"{name}.weight{run}")
     else:
@@ -143,6 +142,15 @@ def _write_weights(
     replace(graph, turned or node, made)
     if turned is not None:
         graph.remove(node, safe=True)
+
+
+def _factor(layer: LayerCodes) -> int:
+    """The power of two that 8-bit codes of weights have room for.
+
+    Some processors add two products in 16 bits: 2 * 127 * 128 and 2 * 255 * 64 are within.
+    """
+    room = 8 if layer.input_range.bits < 8 else 7
+    return 1 << max(0, room - layer.weight_range.bits)
 
 
 def _small_codes(

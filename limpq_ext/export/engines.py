@@ -1,0 +1,156 @@
+"""The engines that run ONNX files on a CPU: onnxruntime and OpenVINO."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+import numpy as np
+
+from limpq_ext.values.optional import require
+from limpq_ext.values.reading import first_line
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+_INTEGER_OPS: Final = (
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+)
+"""onnxruntime's operators that multiply integers."""
+
+
+class Engine(Protocol):
+    """A file that an engine has loaded.
+
+    Attributes:
+        name: Of the engine, as the user gives it.
+        version: Of the engine.
+        inputs: The names of the graph's inputs.
+        integer_kernels: How many layers it multiplies in integers.
+    """
+
+    name: str
+    version: str
+    inputs: list[str]
+    integer_kernels: int
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """The graph's outputs by name, for its inputs by name."""
+        ...
+
+
+class OnnxRuntime:
+    """A model in onnxruntime on a CPU.
+
+    Args:
+        model: The bytes of an ONNX file.
+        threads: How many it computes with.
+        optimized: Whether it may put kernels of its own in the place of nodes; without, it computes
+            node by node what the file says.
+
+    Raises:
+        ValueError: The engine refuses the model: its first reason.
+        ImportError: onnxruntime is not installed.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, model: bytes, *, threads: int = 1, optimized: bool = True) -> None:
+        engine = require("onnxruntime", "export")
+        self.version: str = engine.__version__
+        options = engine.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        level = engine.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            as_run = Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(as_run)
+            self._session = _loaded(
+                lambda: engine.InferenceSession(model, options, ["CPUExecutionProvider"]), self.name
+            )
+            onnx = require("onnx", "export")
+            graph = onnx.load(as_run, load_external_data=False).graph
+        self.integer_kernels = sum(node.op_type in _INTEGER_OPS for node in graph.node)
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """The graph's outputs by name, for its inputs by name."""
+        return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
+
+
+class OpenVino:
+    """A model in OpenVINO on a CPU, which computes in float32 what it does not in integers.
+
+    Args:
+        model: The bytes of an ONNX file.
+        threads: How many it computes with.
+
+    Raises:
+        ValueError: The engine refuses the model: its first reason.
+        ImportError: OpenVINO is not installed.
+    """
+
+    name = "openvino"
+
+    def __init__(self, model: bytes, *, threads: int = 1) -> None:
+        engine = require("openvino", "openvino")
+        self.version: str = engine.__version__.split("-")[0]
+        core = engine.Core()
+        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        self._model = _loaded(
+            lambda: core.compile_model(core.read_model(model), "CPU", config), self.name
+        )
+        self.inputs = [value.get_any_name() for value in self._model.inputs]
+        self._outputs = [value.get_any_name() for value in self._model.outputs]
+        ops = self._model.get_runtime_model().get_ordered_ops()
+        self.integer_kernels = sum(_is_integer(op.get_rt_info()) for op in ops)
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """The graph's outputs by name, for its inputs by name."""
+        found = self._model(dict(feeds))
+        return {name: found[name] for name in self._outputs}
+
+
+ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {
+    "onnxruntime": cast("Callable[..., Engine]", OnnxRuntime),
+    "openvino": cast("Callable[..., Engine]", OpenVino),
+}
+"""The engines by name; each takes the bytes of a file and ``threads``."""
+
+
+def make_engine(name: str, model: bytes, *, threads: int = 1) -> Engine:
+    """Load a file into an engine.
+
+    Raises:
+        ValueError: There is no such engine, or it refuses the model.
+        ImportError: It is not installed.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    return ENGINES[name](model, threads=threads)
+
+
+def _loaded(load: Callable[[], Any], name: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # whatever the engine raises
+        raise ValueError(f"{name} does not load the network: {first_line(error)}") from error
+
+
+def _is_integer(told: Any) -> bool:
+    kind, precision = (told[key].astype(str) for key in ("layerType", "runtimePrecision"))
+    return kind in ("Convolution", "FullyConnected", "MatMul", "Deconvolution") and precision in (
+        "i8",
+        "u8",
+    )

@@ -1,0 +1,136 @@
+"""ONNX files of quantized networks, verified before they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from limpq_ext.export.codes import float_bytes, layer_codes
+from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
+from limpq_ext.export.qcdq import qcdq_model
+from limpq_ext.export.verify import (
+    MOST_DIFFERING,
+    MOST_UNSHIFTED,
+    Verification,
+    verify_onnx,
+)
+from limpq_ext.nn.inputs import Inputs
+from limpq_ext.training.batches import Batches
+from limpq_ext.values.files import open_atomically
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that was written.
+
+    Attributes:
+        path: Where it is.
+        bytes: Its size.
+        float_bytes: The size of the same network's parameters in float32.
+        verified: What engines compute of it; none where that was not asked for.
+    """
+
+    path: Path
+    bytes: int
+    float_bytes: int
+    verified: tuple[Verification, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Its size over that in float32."""
+        return self.bytes / self.float_bytes
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Inputs,
+    *,
+    shift: bool = True,
+    verify: Batches | None = None,
+    engines: Sequence[str] = ("onnxruntime",),
+    threads: int = 1,
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Write a quantized network as an ONNX file of standard operators (opset 21).
+
+    Inputs of layers are QuantizeLinear, Clip and DequantizeLinear to 8-bit integers, weights are
+    4-bit or 8-bit integers with a scale, batch normalisation is in the scales. The batch may have
+    any size. onnxruntime, OpenVINO and others run it, in integers where they can.
+
+    Args:
+        model: Of :func:`limpq_ext.apply_policy`, calibrated or trained, at 2 to 8 bits; it is left
+            as it is.
+        path: The file to write.
+        example_input: What the model's forward takes, likewise.
+        shift: Store codes of weights times a power of two and scales over it where 8 bits have
+            room, which is exact and cuts what onnxruntime loses by rounding biases.
+        verify: Some batches of inputs and targets. With them the file is written only if
+            onnxruntime without optimizations, and every engine, computes from them what the network
+            does: each code that comes into a layer within a step, and no more than 0.1 % of them
+            another one (1 % without ``shift``).
+        engines: "onnxruntime", "openvino".
+        threads: How many engines compute with.
+        overwrite: Whether a file that exists is replaced.
+
+    Returns:
+        What was written, and what the engines computed.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        ValueError: A layer has more than 8 bits or no step sizes yet, PyTorch cannot export the
+            network, an engine refuses it or computes something else; nothing is written then.
+        OSError: The file cannot be written.
+        ImportError: What comes with the extra ``export`` is not installed.
+    """
+    target = checked_target(path, overwrite=overwrite)
+    made = qcdq_model(model, example_input, shift=shift)
+    bits = {
+        name: [layer.weight_range.bits, layer.input_range.bits]
+        for name, layer in layer_codes(model).items()
+    }
+    made.metadata_props["limpq_ext.bits"] = json.dumps(bits)
+    file = serialized(made)
+    verified = []
+    if verify is not None:
+        batches = list(verify)
+        for engine, optimized in [("onnxruntime", False), *((name, True) for name in engines)]:
+            found = verify_onnx(file, model, batches, engine, optimized=optimized, threads=threads)
+            found.check(MOST_DIFFERING if shift or not optimized else MOST_UNSHIFTED)
+            verified.append(found)
+    with open_atomically(target) as out:
+        out.write(file)
+    return ExportedFile(target, len(file), float_bytes(model), tuple(verified))
+
+
+def float_onnx(model: nn.Module, example_input: Inputs) -> bytes:
+    """The bytes of an ONNX file of the same network with its weights in float32.
+
+    Args:
+        model: A quantized network; its weights before their quantization are taken.
+        example_input: What its forward takes.
+
+    Raises:
+        ValueError: PyTorch cannot export the network.
+        ImportError: onnxscript is not installed.
+    """
+    made = onnx_graph(model, example_input, quantized=False)
+    finish(made)
+    return serialized(made)
+
+
+def checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The path of a file to be written.
+
+    Raises:
+        FileExistsError: There is one already that may not be replaced.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists: give another name, or overwrite=True")
+    return target

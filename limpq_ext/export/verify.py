@@ -1,0 +1,196 @@
+"""Whether a file computes what the network does, layer by layer.
+
+Outputs say little: where a value lies between two codes, the order of a sum decides which it
+becomes, and what follows goes another way. So every layer is given what it was given in PyTorch,
+and the codes that come into the next layers are compared. They differ by a step at most, and
+seldom.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from limpq_ext.export.codes import LayerCodes, layer_codes
+from limpq_ext.export.engines import OnnxRuntime, make_engine
+from limpq_ext.export.qcdq import CODES, ZERO, codes_in
+from limpq_ext.nn.attention import copied
+from limpq_ext.nn.inputs import arguments, moved
+from limpq_ext.nn.network import quantized_layers
+from limpq_ext.training.batches import Batches
+
+MOST_DIFFERING: Final = 1e-3
+"""The largest share of codes that may differ."""
+
+MOST_UNSHIFTED: Final = 1e-2
+"""The same where engines round biases to whole products of codes that were not shifted."""
+
+GIVEN: Final = ".given"
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What an engine computes of a file, beside the network in PyTorch.
+
+    Attributes:
+        engine: Its name and version; "onnxruntime, unoptimized" computes node by node.
+        layers: How many times a layer runs in a forward.
+        integer_kernels: How many of these the engine multiplies in integers.
+        differing: The share of codes that differ.
+        worst: The layer into which most of these come, as a share; None where none differs.
+        largest: The largest difference of a code, in steps.
+        agreement: The share of the samples that get the class which the network gives them.
+        samples: How many there were.
+    """
+
+    engine: str
+    layers: int
+    integer_kernels: int
+    differing: float
+    worst: str | None
+    largest: int
+    agreement: float
+    samples: int
+
+    def check(self, most: float) -> None:
+        """Refuse a file that does not compute what the network does.
+
+        Args:
+            most: The largest share of codes that may differ, by one step.
+
+        Raises:
+            ValueError: A code differs by more than a step, or more of them do.
+        """
+        if self.largest > 1:
+            raise ValueError(
+                f"{self.engine} does not compute what the network does: a code that comes into"
+                f" layer '{self.worst}' differs by {self.largest} steps"
+            )
+        if self.differing > most:
+            raise ValueError(
+                f"{self.engine} does not compute what the network does: {self.differing:.2%} of the"
+                f" codes that come into layers differ, most in '{self.worst}', {most:.2%} may"
+            )
+
+
+def verify_onnx(
+    model: bytes,
+    network: nn.Module,
+    batches: Batches,
+    engine: str,
+    *,
+    optimized: bool = True,
+    threads: int = 1,
+) -> Verification:
+    """Compare what an engine computes of a file with what the network computes in PyTorch.
+
+    Args:
+        model: The bytes of a file of `qcdq_model`.
+        network: The quantized network that it was made of; it is left as it is.
+        batches: Some batches of inputs and targets; the targets do not matter.
+        engine: "onnxruntime" or "openvino".
+        optimized: Whether onnxruntime may put kernels of its own in the place of nodes.
+        threads: How many the engine computes with.
+
+    Raises:
+        ValueError: There are no batches, there is no such engine, or it refuses the file.
+        ImportError: The engine is not installed.
+    """
+
+    def loaded(file: bytes) -> Any:
+        if not optimized:
+            return OnnxRuntime(file, threads=threads, optimized=False)
+        return make_engine(engine, file, threads=threads)
+
+    whole, forced = loaded(model), loaded(_forced(model))
+    differing: dict[str, list[int]] = {}
+    largest: dict[str, int] = {}
+    agreeing = samples = values = 0
+    for inputs, output, codes in _recorded(network, batches):
+        feeds = dict(zip(whole.inputs, inputs, strict=True))
+        found = next(iter(whole.run(feeds).values()))
+        classes = found.argmax(1) == output.argmax(1)
+        agreeing += int(classes.sum())
+        values += classes.size
+        samples += len(output)
+        given = {f"{name}{GIVEN}": value for name, value in codes.items()}
+        needed = {name: v for name, v in {**feeds, **given}.items() if name in forced.inputs}
+        outputs = forced.run(needed)
+        for name, expected in codes.items():
+            steps = np.abs(outputs[name].astype(np.int16) - expected)
+            count = differing.setdefault(name, [0, 0])
+            count[0] += int((steps != 0).sum())
+            count[1] += steps.size
+            largest[name] = max(largest.get(name, 0), int(steps.max()))
+    if not samples:
+        raise ValueError("there are no batches to verify the file with")
+    shares = {name: count / of for name, (count, of) in differing.items()}
+    worst = max(shares, key=lambda name: (largest[name] > 1, shares[name]))
+    return Verification(
+        f"{whole.name} {whole.version}{'' if optimized else ', unoptimized'}",
+        len(shares),
+        whole.integer_kernels,
+        sum(count for count, _ in differing.values()) / sum(of for _, of in differing.values()),
+        worst.partition(f".{CODES}")[0] if shares[worst] else None,
+        max(largest.values()),
+        agreeing / values,
+        samples,
+    )
+
+
+def _forced(model: bytes) -> bytes:
+    """A file whose layers are given their codes, and which puts out those that it finds itself."""
+    import onnx
+    import onnx_ir as ir
+
+    made = ir.from_proto(onnx.load_from_string(model))
+    graph = made.graph
+    for name, codes in codes_in(graph).items():
+        given = ir.Value(name=f"{name}{GIVEN}", shape=codes.shape, type=codes.type)
+        codes.replace_all_uses_with(given)
+        graph.inputs.append(given)
+        graph.outputs.append(codes)
+    forced: bytes = ir.to_proto(made).SerializeToString()
+    return forced
+
+
+@torch.no_grad()
+def _recorded(
+    network: nn.Module, batches: Batches
+) -> Iterator[tuple[list[Array], Array, dict[str, Array]]]:
+    """Of each batch the inputs, the output, and the codes that come into every layer."""
+    network = copied(network).cpu().float().eval()
+    layers = layer_codes(network)
+    seen: dict[str, Array] = {}
+    for name, layer in quantized_layers(network).items():
+        layer.input_quantizer.register_forward_hook(_remember(layers[name], seen))
+    for batch, _ in batches:
+        seen.clear()
+        args, kwargs = arguments(moved(batch, torch.device("cpu")))
+        bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+        inputs = [leaf for leaf in tree_leaves(bound) if isinstance(leaf, Tensor)]
+        output = network(*args, **kwargs)
+        first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        yield [value.numpy() for value in inputs], first.numpy(), dict(seen)
+
+
+def _remember(layer: LayerCodes, seen: dict[str, Array]) -> Any:
+    zero = ZERO if layer.input_range.signed else 0
+
+    def remember(_: nn.Module, __: Any, output: Tensor) -> None:
+        name, number = f"{layer.name}.{CODES}", 2
+        while name in seen:
+            name, number = f"{layer.name}.{CODES}.{number}", number + 1
+        codes = (output / layer.input_range.scale).round() + zero
+        seen[name] = codes.to(torch.uint8).numpy()
+
+    return remember

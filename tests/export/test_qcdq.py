@@ -1,0 +1,162 @@
+"""ONNX files in standard operators: they compute what the network does, in a form for engines."""
+
+import collections
+import itertools
+
+import deployed
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import limpq_ext as lq
+from limpq_ext.export.codes import layer_codes
+
+onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
+
+from limpq_ext.export.qcdq import qcdq_model  # noqa: E402
+from limpq_ext.export.verify import verify_onnx  # noqa: E402
+
+ir = pytest.importorskip("onnx_ir", reason="the extra export is not installed")
+
+
+def written(model, x, **options):
+    proto = ir.to_proto(qcdq_model(model, x, **options))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+@pytest.mark.parametrize("name", deployed.MADE)
+def test_the_file_computes_what_the_network_does(name, per_channel):
+    model, batches = deployed.quantized(name, per_channel=per_channel)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    file = written(model, batches[0][0][:1]).SerializeToString()
+    exact = verify_onnx(file, model, batches, "onnxruntime", optimized=False)
+    assert exact.largest <= 1
+    assert exact.differing <= 1e-3
+    assert exact.layers >= len(layer_codes(model))
+    assert exact.agreement >= 15 / 16
+    assert exact.samples == 16
+    optimized = verify_onnx(file, model, batches, "onnxruntime")
+    assert optimized.largest <= 1
+    assert optimized.differing <= 1e-2
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+class Chain(nn.Module):
+    """Convolutions, each of which an engine can run in integers but the last."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 16, 16, 32, 16)
+        self.features = nn.Sequential()
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            self.features.append(nn.Conv2d(before, after, 3, padding=1, bias=i % 2 == 0))
+            self.features.append(nn.BatchNorm2d(after))
+            self.features.append(nn.ReLU())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """At 2, 4, 6 and 8 bits, so that all forms of weights are there."""
+    torch.manual_seed(0)
+    model = Chain()
+    batches = [(torch.randn(8, 3, 24, 24), torch.arange(8) % 5) for _ in range(4)]
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    names = [n for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    bits = dict(zip(names, [(8, 8), (4, 5), (2, 8), (6, 3), (8, 8)], strict=True))
+    layers = tuple(lq.values.policy.LayerBits(n, *bits[n]) for n in names[1:-1])
+    fixed = tuple(lq.values.policy.LayerBits(n, *bits[n]) for n in (names[0], names[-1]))
+    made = lq.apply_policy(model.eval(), lq.Policy(layers, fixed), per_channel_weights=True)
+    lq.calibrate(made, batches)
+    return made.eval(), batches
+
+
+def test_the_file_has_the_form_that_engines_take(chain):
+    model, batches = chain
+    proto = written(model, batches[0][0][:1])
+    counts = collections.Counter(node.op_type for node in proto.graph.node)
+    assert counts["Conv"] == 4
+    assert "BatchNormalization" not in counts
+    assert "Constant" not in counts
+    assert [(own.domain, own.version) for own in proto.opset_import] == [("", 21)]
+    constants = {value.name: value for value in proto.graph.initializer}
+    kinds = {value.name: value.data_type for value in proto.graph.initializer}
+    for name, codes in layer_codes(model).items():
+        stored = constants[next(n for n in constants if n.startswith(f"{name}.weight_codes"))]
+        small = codes.weight_range.bits <= 4
+        assert stored.data_type == (onnx.TensorProto.INT4 if small else onnx.TensorProto.INT8)
+        assert stored.raw_data
+        assert len(stored.raw_data) == -(-codes.weights.numel() // (2 if small else 1))
+        assert kinds[f"{name}.input_zero_point"] == onnx.TensorProto.UINT8
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert len(node.input) == 3
+        if node.op_type == "DequantizeLinear":
+            assert kinds.get(node.input[0]) != onnx.TensorProto.INT4
+        if node.op_type == "Clip":
+            assert [kinds[end] for end in node.input[1:]] == [onnx.TensorProto.UINT8] * 2
+    text = proto.SerializeToString()
+    assert b".py" not in text
+    assert b"limpq::" not in text
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_codes_stay_what_they_are_when_norms_are_folded(chain):
+    """The scale takes the factor, the codes a power of two at most."""
+    model, batches = chain
+    constants = {
+        value.name: onnx.numpy_helper.to_array(value)
+        for value in written(model, batches[0][0][:1], shift=False).graph.initializer
+    }
+    modules = dict(model.named_modules())
+    for index in (0, 3, 6, 9):
+        name, norm = f"features.{index}", modules[f"features.{index + 1}"]
+        layer = layer_codes(model)[name]
+        assert np.array_equal(constants[f"{name}.weight_codes"].astype(int), layer.weights.numpy())
+        factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
+        expected = layer.weight_range.scale.numpy() * factor
+        assert constants[f"{name}.weight_scale"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_layers_run_in_integers(chain):
+    """Every convolution does; the head follows a mean and puts out what is not quantized."""
+    model, batches = chain
+    file = written(model, batches[0][0][:1]).SerializeToString()
+    assert verify_onnx(file, model, batches, "onnxruntime").integer_kernels == 3
+    assert verify_onnx(file, model, batches, "onnxruntime", optimized=False).integer_kernels == 0
+
+
+def test_shifted_codes_are_exact_and_cut_the_rounding_of_biases(chain):
+    model, batches = chain
+    files = [
+        written(model, batches[0][0][:1], shift=shift).SerializeToString()
+        for shift in (True, False)
+    ]
+    from limpq_ext.export.engines import OnnxRuntime
+
+    x = batches[0][0].numpy()
+    exact = [OnnxRuntime(file, optimized=False).run({"x": x}) for file in files]
+    assert all(np.array_equal(exact[0][name], exact[1][name]) for name in exact[0])
+    shifted, plain = (verify_onnx(file, model, batches, "onnxruntime") for file in files)
+    assert shifted.differing < plain.differing / 4
+    assert shifted.differing < 1e-3
+
+
+def test_openvino_computes_the_same_in_integers(chain):
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    model, batches = chain
+    found = verify_onnx(
+        written(model, batches[0][0][:1]).SerializeToString(), model, batches, "openvino"
+    )
+    assert found.largest <= 1
+    assert found.differing <= 1e-3
+    assert found.integer_kernels >= 4
