@@ -9,9 +9,11 @@ from typing import Final
 from limpq_ext.allocation.infeasible import InfeasibleError
 from limpq_ext.allocation.search import search
 from limpq_ext.app.models import is_published
-from limpq_ext.app.recipe import LEARNED, Recipe
+from limpq_ext.app.recipe import LEARNED, NEEDED_TO_EXPORT, Recipe
 from limpq_ext.app.session import Session
 from limpq_ext.app.trainings import make_joint_trainer, train_loader
+from limpq_ext.export.engines import check_engine
+from limpq_ext.export.onnx_graph import onnx_graph
 from limpq_ext.training.distributed import from_main
 from limpq_ext.training.metrics import Meter
 from limpq_ext.values.costs import Costs
@@ -35,13 +37,20 @@ def check(session: Session) -> None:
         ImportError: An extra is missing.
     """
     require("safetensors", "train")
+    if session.recipe.export.onnx:
+        for module in NEEDED_TO_EXPORT:
+            require(module, "export")
     given = session.recipe.model.weights
     if given is not None and not is_published(given) and not Path(given).is_file():
         raise FileNotFoundError(f"weights '{given}' do not exist")
     costs = session.profile()
     from_main(lambda: check_search(session.recipe, costs))
+    for engine in session.recipe.export.engines if session.recipe.export.wanted else ():
+        check_engine(engine)
     model = session.create_model()
-    session.quantize(model, session.uniform_policy(costs))
+    quantized = session.quantize(model, session.uniform_policy(costs))
+    if session.recipe.export.onnx:
+        onnx_graph(quantized, session.example_input())
     prepared = session.prepare(model)
     if session.recipe.scores.method == LEARNED:
         make_joint_trainer(session, prepared, Meter(session.device))

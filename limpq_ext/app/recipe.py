@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
@@ -46,6 +47,9 @@ LEARNED: Final = "learned"
 AUTO: Final = "auto"
 DEFAULT_SCORE: Final = "loss_aware"
 """See bench/results/real_networks.md."""
+
+NEEDED_TO_EXPORT: Final = ("onnx", "onnxscript", "onnxruntime")
+"""What the extra export installs."""
 
 Autocast = Literal["off", "bfloat16", "float16"]
 Calibration = Literal["correct", "reestimate", "off"]
@@ -235,6 +239,29 @@ class RefineSection(_Section):
         return self.seconds is not None or self.steps is not None
 
 
+class ExportSection(_Section):
+    """The fine-tuned network as an ONNX file that engines run in integers."""
+
+    onnx: bool | None = Field(
+        None, description="write policy.onnx; null: where the extra export is installed"
+    )
+    shift: bool = Field(
+        True, description="codes of weights times powers of two: exact, and engines round less"
+    )
+    images: int = Field(256, ge=1, description="images that the file is verified with")
+    engines: tuple[Literal["onnxruntime", "openvino"], ...] = Field(
+        ("onnxruntime",), min_length=1, description="what has to compute as the network does"
+    )
+    threads: int = Field(1, ge=1, description="threads that engines compute with")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is to be a file."""
+        if self.onnx is None:
+            return all(map(find_spec, NEEDED_TO_EXPORT))
+        return self.onnx
+
+
 class FinetuneSection(TrainingSection, _Finetuning):
     """Fine-tuning of a policy."""
 
@@ -399,6 +426,7 @@ class Recipe(_Section):
     search: SearchSection = Field(default_factory=SearchSection)
     check: CheckSection = Field(default_factory=CheckSection)
     refine: RefineSection = Field(default_factory=RefineSection)
+    export: ExportSection = Field(default_factory=ExportSection)
     baseline: LevelSection = Field(
         default_factory=LevelSection, description="uniform policy to compare with"
     )

@@ -24,7 +24,7 @@ class Result:
     """One network at the end of a run.
 
     Attributes:
-        name: "float", "policy" or "uniform".
+        name: "float", "policy", "policy.onnx" for its file in an engine, or "uniform".
         accuracy: On the test set, 0 to 1.
         bitops: Of the searchable layers for one sample; a float layer counts 32 * 32 bits.
         size_bytes: Of all weights, without biases and batch normalisation.
@@ -32,6 +32,7 @@ class Result:
         total_bytes: Of all parameters, those that stay in float32 included.
         untrained: Divergence of the outputs from the float network's before any fine-tuning, in
             nats; None where it was not measured.
+        file_bytes: Size of the file that it is, or is to be deployed as; None where there is none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Result:
     compression: float
     total_bytes: float
     untrained: float | None = None
+    file_bytes: int | None = None
 
 
 def result_of(
@@ -50,6 +52,7 @@ def result_of(
     policy: Policy | None,
     *,
     untrained: float | None = None,
+    file_bytes: int | None = None,
 ) -> Result:
     """The result of a network.
 
@@ -59,6 +62,7 @@ def result_of(
         costs: Of the network.
         policy: Its bits; None: the float network.
         untrained: What it loses before any fine-tuning.
+        file_bytes: The size of its file.
     """
     bits = (
         dict.fromkeys((layer.name for layer in costs.layers), (FLOAT_BITS, FLOAT_BITS))
@@ -75,6 +79,7 @@ def result_of(
         compression=float_size / size,
         total_bytes=(size + FLOAT_BITS * costs.parameters_in_float()) / 8,
         untrained=untrained,
+        file_bytes=file_bytes,
     )
 
 

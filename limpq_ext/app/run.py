@@ -14,6 +14,7 @@ from torch import nn
 from limpq_ext.allocation.budgets import in_words
 from limpq_ext.allocation.search import search
 from limpq_ext.app.check import check
+from limpq_ext.app.exporting import accuracy_of_file, export_network
 from limpq_ext.app.locks import only_one
 from limpq_ext.app.models import is_published
 from limpq_ext.app.recipe import AUTO, LEARNED, Recipe
@@ -29,6 +30,7 @@ from limpq_ext.app.stages import (
     CHECK,
     COSTS,
     DATA,
+    EXPORTED,
     FINETUNED,
     FLOAT_WEIGHTS,
     INDICATORS,
@@ -140,11 +142,24 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
         stage("refine", work.refine_policy, [*checking, part["refine"]], [*asked, POLICY])
         reporter.say(_refined_in_words(work.policy))
     stage("finetune", work.tune_policy, tuning, [*start, policy])
+    exported = False
+    if recipe.export.wanted:
+        exporting = [*quantized, images, part["export"]]
+        try:
+            stage("export", work.export_policy, exporting, [FINETUNED, policy])
+        except _NotExportedError as reason:
+            reporter.say(f"export: left out: {reason}")
+        else:
+            exported = True
     stage("baseline", work.tune_uniform, [*tuning, part["baseline"]], [*start, COSTS])
     with stages.stage("evaluate", [], always=True) as own:
-        results = tuple(work.evaluate(own, checked))
+        results = tuple(work.evaluate(own, checked, exported=exported))
     warnings = () if checked is None or recipe.refine.wanted else checked.warnings()
     return RunReport(results, stages.seconds, tuple(stages.reused), folder, warnings)
+
+
+class _NotExportedError(Exception):
+    """Why there is no file of a network that was not explicitly asked for."""
 
 
 class _NotCheckedError(Exception):
@@ -266,6 +281,31 @@ class _Work:
         model = self._tuned(self.policy, "fine-tuning the policy", stage)
         stage.write(FINETUNED, partial(self.session.save, model))
 
+    def export_policy(self, stage: Stage) -> None:
+        options = self.session.recipe.export
+        model = self.session.network(self.folder / FINETUNED, self.policy)
+
+        def export(path: Path) -> None:
+            made = export_network(
+                self.session,
+                model,
+                path,
+                shift=options.shift,
+                images=options.images,
+                engines=options.engines,
+                threads=options.threads,
+            )
+            for own in made.verified:
+                self.reporter.say(f"export: {own}")
+
+        with self.reporter.stage("exporting the policy's network"):
+            try:
+                stage.write(EXPORTED, export)
+            except (ValueError, ImportError) as error:
+                if options.onnx:
+                    raise
+                raise _NotExportedError(str(error)) from error
+
     def tune_uniform(self, stage: Stage) -> None:
         level = self.session.recipe.baseline
         title = f"fine-tuning uniform W{level.weight_bits}A{level.activation_bits}"
@@ -285,7 +325,9 @@ class _Work:
                 joint_weights=self.folder / JOINT_WEIGHTS if joint else None,
             )
 
-    def evaluate(self, stage: Stage, checked: ScoreCheck | None) -> Iterator[Result]:
+    def evaluate(
+        self, stage: Stage, checked: ScoreCheck | None, *, exported: bool
+    ) -> Iterator[Result]:
         stage.journal.start()
         untrained = {} if checked is None else self._untrained(checked)
         float_network = self.session.network(self.folder / FLOAT_WEIGHTS, None)
@@ -308,6 +350,17 @@ class _Work:
             yield result_of(
                 name, evaluation.accuracy, self.costs, policy, untrained=untrained.get(name)
             )
+            if name == "policy" and exported:
+                yield self._evaluated_file(stage)
+
+    def _evaluated_file(self, stage: Stage) -> Result:
+        """What the exported file comes to in an engine."""
+        path, threads = self.folder / EXPORTED, self.session.recipe.export.threads
+        with self.reporter.stage(f"evaluating {EXPORTED}") as on_step:
+            accuracy = accuracy_of_file(self.session, path, threads=threads, on_step=on_step)
+        stage.journal.write({"network": EXPORTED, "accuracy": accuracy})
+        size = from_main(lambda: path.stat().st_size)
+        return result_of(EXPORTED, accuracy, self.costs, self.policy, file_bytes=size)
 
     def _untrained(self, checked: ScoreCheck) -> dict[str, float]:
         """What the policies that are tuned lose before that, as far as it was measured."""

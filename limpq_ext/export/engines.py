@@ -129,6 +129,18 @@ ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {
 """The engines by name; each takes the bytes of a file and ``threads``."""
 
 
+def check_engine(name: str) -> None:
+    """Refuse an engine that there is not.
+
+    Raises:
+        ValueError: There is none of this name.
+        ImportError: It is not installed.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    require(name, "openvino" if name == "openvino" else "export")
+
+
 def make_engine(name: str, model: bytes, *, threads: int = 1) -> Engine:
     """Load a file into an engine.
 
@@ -136,8 +148,7 @@ def make_engine(name: str, model: bytes, *, threads: int = 1) -> Engine:
         ValueError: There is no such engine, or it refuses the model.
         ImportError: It is not installed.
     """
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    check_engine(name)
     return ENGINES[name](model, threads=threads)
 
 

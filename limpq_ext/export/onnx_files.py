@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from limpq_ext.export.codes import float_bytes, layer_codes
-from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
+from limpq_ext.export.engines import make_engine
+from limpq_ext.export.onnx_graph import finish, input_arrays, onnx_graph, serialized
 from limpq_ext.export.qcdq import qcdq_model
+from limpq_ext.export.timing import seconds_in_turn
 from limpq_ext.export.verify import (
     MOST_DIFFERING,
     MOST_UNSHIFTED,
@@ -53,6 +56,7 @@ def export_onnx(
     *,
     shift: bool = True,
     verify: Batches | None = None,
+    timed: bool = False,
     engines: Sequence[str] = ("onnxruntime",),
     threads: int = 1,
     overwrite: bool = False,
@@ -74,6 +78,8 @@ def export_onnx(
             onnxruntime without optimizations, and every engine, computes from them what the network
             does: each code that comes into a layer within a step, and no more than 0.1 % of them
             another one (1 % without ``shift``).
+        timed: Whether every engine is timed on the first sample, in turn with the same network in
+            float32.
         engines: "onnxruntime", "openvino".
         threads: How many engines compute with.
         overwrite: Whether a file that exists is replaced.
@@ -103,6 +109,13 @@ def export_onnx(
             found = verify_onnx(file, model, batches, engine, optimized=optimized, threads=threads)
             found.check(MOST_DIFFERING if shift or not optimized else MOST_UNSHIFTED)
             verified.append(found)
+        if timed:
+            files = (file, float_onnx(model, example_input))
+            inputs = input_arrays(model, batches[0][0])
+            verified[1:] = [
+                _timed(found, name, files, inputs, threads)
+                for found, name in zip(verified[1:], engines, strict=True)
+            ]
     with open_atomically(target) as out:
         out.write(file)
     return ExportedFile(target, len(file), float_bytes(model), tuple(verified))
@@ -122,6 +135,15 @@ def float_onnx(model: nn.Module, example_input: Inputs) -> bytes:
     made = onnx_graph(model, example_input, quantized=False)
     finish(made)
     return serialized(made)
+
+
+def _timed(
+    found: Verification, engine: str, files: tuple[bytes, bytes], inputs: list[Any], threads: int
+) -> Verification:
+    loaded = [make_engine(engine, file, threads=threads) for file in files]
+    first = dict(zip(loaded[0].inputs, (value[:1] for value in inputs), strict=True))
+    seconds = seconds_in_turn(loaded, first)
+    return replace(found, seconds=seconds[0], float_seconds=seconds[1])
 
 
 def checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from limpq_ext.nn.attention import copied
-from limpq_ext.nn.inputs import Inputs, example_arguments
+from limpq_ext.nn.inputs import Inputs, arguments, example_arguments
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.values.optional import require
 from limpq_ext.values.reading import first_line
@@ -96,6 +96,13 @@ def onnx_graph(model: nn.Module, example_input: Inputs, *, quantized: bool = Tru
     made.producer_version = None
     _name_batch(made.graph)
     return made
+
+
+def input_arrays(network: nn.Module, inputs: Inputs) -> list[np.ndarray[Any, Any]]:
+    """The tensors that a forward takes, in the order of the graph's inputs."""
+    args, kwargs = arguments(inputs)
+    bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    return [leaf.cpu().numpy() for leaf in tree_leaves(dict(bound)) if isinstance(leaf, Tensor)]
 
 
 def node_layer(node: ir.Node | None, kind: str) -> str | None:

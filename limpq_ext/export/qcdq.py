@@ -77,6 +77,11 @@ def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -
             else:
                 _write_weights(graph, node, layers[name], run, folded.get(node), shift)
     finish(made)
+    known = codes_in(graph)
+    for node in graph:
+        for value in node.outputs:
+            if value.name not in known and not value.is_graph_output():
+                value.shape = value.type = None  # which engines find out for themselves
     return made
 
 

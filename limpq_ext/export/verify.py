@@ -8,7 +8,6 @@ seldom.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from limpq_ext.export.codes import LayerCodes, layer_codes
 from limpq_ext.export.engines import OnnxRuntime, make_engine
+from limpq_ext.export.onnx_graph import input_arrays
 from limpq_ext.export.qcdq import CODES, ZERO, codes_in
 from limpq_ext.nn.attention import copied
-from limpq_ext.nn.inputs import arguments, moved
+from limpq_ext.nn.inputs import call, moved
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.training.batches import Batches
 
@@ -50,6 +50,10 @@ class Verification:
         largest: The largest difference of a code, in steps.
         agreement: The share of the samples that get the class which the network gives them.
         samples: How many there were.
+        accuracy: The share that gets the class of its target; None where targets are no classes.
+        network_accuracy: That of the network in PyTorch.
+        seconds: The median time of a forward of one sample; None where it was not timed.
+        float_seconds: That of the same network in float32, in turn with it.
     """
 
     engine: str
@@ -60,6 +64,20 @@ class Verification:
     largest: int
     agreement: float
     samples: int
+    accuracy: float | None = None
+    network_accuracy: float | None = None
+    seconds: float | None = None
+    float_seconds: float | None = None
+
+    def __str__(self) -> str:
+        timed = ""
+        if self.seconds is not None and self.float_seconds is not None:
+            timed = f", {1e3 * self.seconds:.3f} ms, {1e3 * self.float_seconds:.3f} in float32"
+        return (
+            f"{self.engine}: {self.integer_kernels} of {self.layers} layers in integers,"
+            f" {self.differing:.1e} of the codes differ, {self.agreement:.2%} equal classes on"
+            f" {self.samples} samples{timed}"
+        )
 
     def check(self, most: float) -> None:
         """Refuse a file that does not compute what the network does.
@@ -96,7 +114,8 @@ def verify_onnx(
     Args:
         model: The bytes of a file of `qcdq_model`.
         network: The quantized network that it was made of; it is left as it is.
-        batches: Some batches of inputs and targets; the targets do not matter.
+        batches: Some batches of inputs and targets. Where targets are class indices, it is counted
+            how many are met.
         engine: "onnxruntime" or "openvino".
         optimized: Whether onnxruntime may put kernels of its own in the place of nodes.
         threads: How many the engine computes with.
@@ -114,14 +133,10 @@ def verify_onnx(
     whole, forced = loaded(model), loaded(_forced(model))
     differing: dict[str, list[int]] = {}
     largest: dict[str, int] = {}
-    agreeing = samples = values = 0
-    for inputs, output, codes in _recorded(network, batches):
+    counts = _Counts()
+    for inputs, output, target, codes in _recorded(network, batches):
         feeds = dict(zip(whole.inputs, inputs, strict=True))
-        found = next(iter(whole.run(feeds).values()))
-        classes = found.argmax(1) == output.argmax(1)
-        agreeing += int(classes.sum())
-        values += classes.size
-        samples += len(output)
+        counts.add(next(iter(whole.run(feeds).values())), output, target)
         given = {f"{name}{GIVEN}": value for name, value in codes.items()}
         needed = {name: v for name, v in {**feeds, **given}.items() if name in forced.inputs}
         outputs = forced.run(needed)
@@ -131,7 +146,7 @@ def verify_onnx(
             count[0] += int((steps != 0).sum())
             count[1] += steps.size
             largest[name] = max(largest.get(name, 0), int(steps.max()))
-    if not samples:
+    if not counts.samples:
         raise ValueError("there are no batches to verify the file with")
     shares = {name: count / of for name, (count, of) in differing.items()}
     worst = max(shares, key=lambda name: (largest[name] > 1, shares[name]))
@@ -142,9 +157,42 @@ def verify_onnx(
         sum(count for count, _ in differing.values()) / sum(of for _, of in differing.values()),
         worst.partition(f".{CODES}")[0] if shares[worst] else None,
         max(largest.values()),
-        agreeing / values,
-        samples,
+        **counts.shares(),
     )
+
+
+class _Counts:
+    """How often classes are those of the network, and those of the targets."""
+
+    def __init__(self) -> None:
+        self.samples = self._values = self._agreeing = 0
+        self._targets: list[tuple[int, int]] | None = []
+
+    def add(self, found: Array, output: Array, target: Any) -> None:
+        """Count a batch: scores ``[samples, classes, ...]`` of the file and of the network."""
+        classes, expected = (
+            own.argmax(1) if own.ndim > 1 else np.round(own) for own in (found, output)
+        )
+        self.samples += len(output)
+        self._values += classes.size
+        self._agreeing += int((classes == expected).sum())
+        whole = isinstance(target, Tensor) and not target.is_floating_point()
+        if not whole or target.shape != classes.shape:
+            self._targets = None
+        elif self._targets is not None:
+            wanted = target.numpy()
+            self._targets.append((int((classes == wanted).sum()), int((expected == wanted).sum())))
+
+    def shares(self) -> dict[str, Any]:
+        """What a `Verification` says of them."""
+        told: dict[str, Any] = {
+            "agreement": self._agreeing / self._values,
+            "samples": self.samples,
+        }
+        if self._targets:
+            ours, network = (sum(own) / self._values for own in zip(*self._targets, strict=True))
+            told |= {"accuracy": ours, "network_accuracy": network}
+        return told
 
 
 def _forced(model: bytes) -> bytes:
@@ -166,21 +214,20 @@ def _forced(model: bytes) -> bytes:
 @torch.no_grad()
 def _recorded(
     network: nn.Module, batches: Batches
-) -> Iterator[tuple[list[Array], Array, dict[str, Array]]]:
-    """Of each batch the inputs, the output, and the codes that come into every layer."""
+) -> Iterator[tuple[list[Array], Array, Any, dict[str, Array]]]:
+    """Of each batch inputs, output and target, and the codes that come into every layer."""
     network = copied(network).cpu().float().eval()
     layers = layer_codes(network)
     seen: dict[str, Array] = {}
     for name, layer in quantized_layers(network).items():
         layer.input_quantizer.register_forward_hook(_remember(layers[name], seen))
-    for batch, _ in batches:
+    for batch, target in batches:
         seen.clear()
-        args, kwargs = arguments(moved(batch, torch.device("cpu")))
-        bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
-        inputs = [leaf for leaf in tree_leaves(bound) if isinstance(leaf, Tensor)]
-        output = network(*args, **kwargs)
+        batch = moved(batch, torch.device("cpu"))
+        output = call(network, batch)
         first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        yield [value.numpy() for value in inputs], first.numpy(), dict(seen)
+        target = moved(target, torch.device("cpu"))
+        yield input_arrays(network, batch), first.numpy(), target, dict(seen)
 
 
 def _remember(layer: LayerCodes, seen: dict[str, Array]) -> Any:

@@ -41,6 +41,7 @@ SMALL = {
     "float_training": {"epochs": 2, "lr": 0.1},
     "joint": {"epochs": 1, "lr": 0.01},
     "scores": {"method": "learned"},
+    "export": {"onnx": False},
     "finetune": {"epochs": 1, "lr": 0.02},
 }
 

@@ -32,6 +32,7 @@ SMALL = {
     "float_training": {"epochs": 1, "lr": 0.1, "batch_size": 256},
     "joint": {"epochs": 1, "lr": 0.01, "batch_size": 256},
     "scores": {"method": "learned"},
+    "export": {"onnx": False},
     "finetune": {"epochs": 1, "lr": 0.02, "batch_size": 256},
 }
 STAGES = ("float", "indicators", "profile", "search", "check", "finetune", "baseline")

@@ -19,6 +19,7 @@ RECIPE = {
     "float_training": {"epochs": 2, "lr": 0.1, "batch_size": 128},
     "joint": {"epochs": 2, "lr": 0.01, "batch_size": 128},
     "scores": {"method": "learned"},
+    "export": {"onnx": False},
     "finetune": {"epochs": 1, "lr": 0.02, "batch_size": 128},
     "checkpoint_steps": 3,
     "log_steps": 4,

@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated, Final
 
 from limpq_ext.app.cli.evaluate import evaluate
+from limpq_ext.app.cli.export import export
 from limpq_ext.app.cli.finetune import finetune
 from limpq_ext.app.cli.indicators import indicators
 from limpq_ext.app.cli.info import info
@@ -43,6 +44,7 @@ for command in (
     pareto,
     finetune,
     evaluate,
+    export,
     info,
 ):
     app.command()(command)

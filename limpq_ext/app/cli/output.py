@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -140,41 +140,62 @@ def print_policy(policy: Policy, costs: Costs) -> None:
             say(f"{title}: {size / 1e3:,.1f} KB{smaller}")
 
 
-def print_report(report: RunReport) -> None:
-    """Print the results of a run, the seconds of its stages, and its files."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[str] = ()
+) -> None:
+    """Print a table, whose first column is text and whose others are numbers.
+
+    Args:
+        title: Above it.
+        columns: Their titles.
+        rows: The cells.
+        texts: Titles of other columns that are text.
+    """
     console, table_class = (
         require("rich.console", "cli").Console,
         require("rich.table", "cli").Table,
     )
-    results = table_class(title="Results on the test set")
+    table = table_class(title=title)
+    for column in columns:
+        text = column in (columns[0], *texts)
+        table.add_column(column, justify="left" if text else "right")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else _FILE_COLUMNS
+    console(file=sys.stdout, width=width).print(table)
+
+
+def print_report(report: RunReport) -> None:
+    """Print the results of a run, the seconds of its stages, and its files."""
     checked = any(result.untrained is not None for result in report.results)
     titles = ["network", "accuracy (%)", "BitOps (G)", "weights (KB)", "compression", "all (KB)"]
+    titles.append("file (KB)")
     if checked:
         titles.insert(1, "KL before tuning")
-    for title in titles:
-        results.add_column(title, justify="left" if title == "network" else "right")
+    rows = []
     for result in report.results:
         untrained = "" if result.untrained is None else f"{result.untrained:.4f}"
-        results.add_row(
-            result.name,
-            *([untrained] if checked else []),
-            f"{100 * result.accuracy:.2f}",
-            f"{result.bitops / 1e9:.4f}",
-            f"{result.size_bytes / 1e3:.1f}",
-            f"{result.compression:.2f}",
-            f"{result.total_bytes / 1e3:.1f}",
+        file = "" if result.file_bytes is None else f"{result.file_bytes / 1e3:.1f}"
+        rows.append(
+            (
+                result.name,
+                *([untrained] if checked else []),
+                f"{100 * result.accuracy:.2f}",
+                f"{result.bitops / 1e9:.4f}",
+                f"{result.size_bytes / 1e3:.1f}",
+                f"{result.compression:.2f}",
+                f"{result.total_bytes / 1e3:.1f}",
+                file,
+            )
         )
-    stages = table_class(title="Seconds in each stage")
-    stages.add_column("stage")
-    stages.add_column("seconds", justify="right")
-    stages.add_column("")
-    for name, seconds in report.seconds.items():
-        stages.add_row(name, f"{seconds:.1f}", "reused" if name in report.reused else "")
-    out = console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
-    out.print(results)
+    print_table("Results on the test set", titles, rows)
     for warning in report.warnings:
         say(f"warning: before fine-tuning {warning}")
-    out.print(stages)
+    stages = [
+        (name, f"{seconds:.1f}", "reused" if name in report.reused else "")
+        for name, seconds in report.seconds.items()
+    ]
+    print_table("Seconds in each stage", ("stage", "seconds", ""), stages, texts=("",))
     say(f"files: {report.folder.resolve()}")
     for path in sorted(report.folder.iterdir()):
         say(f"  {path.name}  {path.stat().st_size / 1e3:.1f} KB")

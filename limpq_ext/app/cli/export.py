@@ -1,0 +1,127 @@
+"""``limpq export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from limpq_ext.app.cli.arguments import (
+    AllowCodeOption,
+    CalibrateOption,
+    DataOption,
+    ForceOption,
+    RecipeArgument,
+    RecipeOption,
+    SetOption,
+)
+from limpq_ext.app.cli.inputs import one_recipe, read_recipe
+from limpq_ext.app.cli.output import check_outputs, make_reporter, print_table, say, write
+from limpq_ext.values.optional import require
+
+if TYPE_CHECKING:
+    from limpq_ext.export.onnx_files import ExportedFile
+
+typer = require("typer", "cli")
+
+
+def export(
+    weights: Annotated[
+        Path, typer.Option("--weights", help="Weights of the policy's model, fine-tuned.")
+    ],
+    policy: Annotated[Path, typer.Option(help="Policy file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    recipe: RecipeArgument = None,
+    recipe_option: RecipeOption = None,
+    data: DataOption = None,
+    set_: SetOption = None,
+    calibrate: CalibrateOption = None,
+    shift: Annotated[
+        bool,
+        typer.Option(help="Store codes of weights times powers of two: exact, and runs closer."),
+    ] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Write only what engines compute as the network does.")
+    ] = True,
+    images: Annotated[int, typer.Option(min=1, help="Images to verify with.")] = 256,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="onnxruntime or openvino; more than once.", show_default="onnxruntime"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engines.")] = 1,
+    force: ForceOption = False,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Write a quantized network as an ONNX file that engines run in integers.
+
+    The file is verified layer by layer with images of the recipe, and timed beside the same network
+    in float32. With --calibrate: --weights are the float model's; it is quantized, not trained.
+    """
+    from limpq_ext.app.exporting import export_network
+    from limpq_ext.app.session import Session
+    from limpq_ext.app.trainings import calibrated_network
+    from limpq_ext.export.engines import check_engine
+    from limpq_ext.values.policy import Policy
+
+    engines = list(dict.fromkeys(engine or ["onnxruntime"]))
+    for name in engines:
+        check_engine(name)
+    check_outputs({"--out": out}, force)
+    chosen = Policy.load(policy)
+    given = read_recipe(one_recipe(recipe, recipe_option), set_, allow_code=allow_code, data=data)
+    session = Session(given)
+    if calibrate is None:
+        model = session.network(weights, chosen)
+    else:
+        model = calibrated_network(session, weights, chosen, calibrate)
+    made: list[ExportedFile] = []
+    with make_reporter().stage("exporting"):
+
+        def save(path: Path) -> None:
+            made.append(
+                export_network(
+                    session,
+                    model,
+                    path,
+                    shift=shift,
+                    images=images if verify else 0,
+                    engines=engines,
+                    threads=threads,
+                )
+            )
+
+        write(out, force, save)
+    print_exported(made[0], out)
+
+
+def print_exported(made: ExportedFile, path: Path) -> None:
+    """Print a file's size, and what engines make of it."""
+    say(f"{path}: {made.bytes / 1e6:.3f} MB, {made.ratio:.3f} of float32")
+    rows = [
+        (
+            own.engine,
+            f"{own.integer_kernels} of {own.layers}",
+            f"{own.differing:.1e}",
+            "" if own.accuracy is None else f"{100 * own.accuracy:.2f}",
+            "" if own.network_accuracy is None else f"{100 * own.network_accuracy:.2f}",
+            f"{100 * own.agreement:.2f}",
+            _milliseconds(own.seconds),
+            _milliseconds(own.float_seconds),
+        )
+        for own in made.verified
+    ]
+    if rows:
+        titles = (
+            "engine",
+            "layers in integers",
+            "codes that differ",
+            "accuracy (%)",
+            "in PyTorch",
+            "equal classes",
+            "ms",
+            "ms in float32",
+        )
+        print_table(f"On {made.verified[0].samples} images", titles, rows)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3f}"
