@@ -18,6 +18,9 @@ from limpq_ext.training.loop import StepDone
 BATCH = 32
 """Images that engines are given at once."""
 
+CALIBRATION = 8
+"""Batches that the ranges of what enters additions are found with."""
+
 
 def export_network(
     session: Session,
@@ -25,6 +28,7 @@ def export_network(
     path: Path,
     *,
     shift: bool = True,
+    residual_bits: int | None = None,
     images: int = 256,
     engines: Sequence[str] = ("onnxruntime",),
     threads: int = 1,
@@ -36,6 +40,7 @@ def export_network(
         model: The network.
         path: The file.
         shift: As for :func:`limpq_ext.export_onnx`.
+        residual_bits: As there; ranges are those of training images.
         images: How many validation images it is verified with, training images where there are
             none of these; 0: it is not verified.
         engines: What runs it, by name.
@@ -57,6 +62,8 @@ def export_network(
         path,
         session.example_input(),
         shift=shift,
+        residual_bits=residual_bits,
+        calibration=first_batches(session, BATCH, CALIBRATION) if residual_bits else None,
         verify=batches,
         timed=True,
         engines=engines,

@@ -248,6 +248,9 @@ class ExportSection(_Section):
     shift: bool = Field(
         True, description="codes of weights times powers of two: exact, and engines round less"
     )
+    residual_bits: Literal[8] | None = Field(
+        None, description="quantize what enters additions: faster, and not what was trained"
+    )
     images: int = Field(256, ge=1, description="images that the file is verified with")
     engines: tuple[Literal["onnxruntime", "openvino"], ...] = Field(
         ("onnxruntime",), min_length=1, description="what has to compute as the network does"

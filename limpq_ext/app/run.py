@@ -291,6 +291,7 @@ class _Work:
                 model,
                 path,
                 shift=options.shift,
+                residual_bits=options.residual_bits,
                 images=options.images,
                 engines=options.engines,
                 threads=options.threads,

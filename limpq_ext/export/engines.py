@@ -33,12 +33,14 @@ class Engine(Protocol):
         name: Of the engine, as the user gives it.
         version: Of the engine.
         inputs: The names of the graph's inputs.
+        outputs: Those of its outputs.
         integer_kernels: How many layers it multiplies in integers.
     """
 
     name: str
     version: str
     inputs: list[str]
+    outputs: list[str]
     integer_kernels: int
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
@@ -82,11 +84,11 @@ class OnnxRuntime:
             graph = onnx.load(as_run, load_external_data=False).graph
         self.integer_kernels = sum(node.op_type in _INTEGER_OPS for node in graph.node)
         self.inputs = [value.name for value in self._session.get_inputs()]
-        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs by name, for its inputs by name."""
-        return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
+        return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
 
 
 class OpenVino:
@@ -112,14 +114,14 @@ class OpenVino:
             lambda: core.compile_model(core.read_model(model), "CPU", config), self.name
         )
         self.inputs = [value.get_any_name() for value in self._model.inputs]
-        self._outputs = [value.get_any_name() for value in self._model.outputs]
+        self.outputs = [value.get_any_name() for value in self._model.outputs]
         ops = self._model.get_runtime_model().get_ordered_ops()
         self.integer_kernels = sum(_is_integer(op.get_rt_info()) for op in ops)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs by name, for its inputs by name."""
         found = self._model(dict(feeds))
-        return {name: found[name] for name in self._outputs}
+        return {name: found[name] for name in self.outputs}
 
 
 ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {

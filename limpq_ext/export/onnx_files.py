@@ -7,14 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from limpq_ext.export.codes import float_bytes, layer_codes
 from limpq_ext.export.engines import make_engine
 from limpq_ext.export.onnx_graph import finish, input_arrays, onnx_graph, serialized
-from limpq_ext.export.qcdq import qcdq_model
+from limpq_ext.export.qcdq import forget_types, qcdq_model
+from limpq_ext.export.residual import quantize_additions
 from limpq_ext.export.timing import seconds_in_turn
 from limpq_ext.export.verify import (
     MOST_DIFFERING,
@@ -25,6 +26,9 @@ from limpq_ext.export.verify import (
 from limpq_ext.nn.inputs import Inputs
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.files import open_atomically
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def export_onnx(
     example_input: Inputs,
     *,
     shift: bool = True,
+    residual_bits: int | None = None,
+    calibration: Batches | None = None,
     verify: Batches | None = None,
     timed: bool = False,
     engines: Sequence[str] = ("onnxruntime",),
@@ -74,10 +80,15 @@ def export_onnx(
         example_input: What the model's forward takes, likewise.
         shift: Store codes of weights times a power of two and scales over it where 8 bits have
             room, which is exact and cuts what onnxruntime loses by rounding biases.
+        residual_bits: 8: quantize what enters additions as well, with ranges from ``calibration``.
+            onnxruntime then computes in integers throughout, and the file is no longer the network
+            that was trained. None: not.
+        calibration: Some batches of inputs and targets; the targets do not matter.
         verify: Some batches of inputs and targets. With them the file is written only if
             onnxruntime without optimizations, and every engine, computes from them what the network
             does: each code that comes into a layer within a step, and no more than 0.1 % of them
-            another one (1 % without ``shift``).
+            another one (1 % without ``shift``). With ``residual_bits`` engines are compared with
+            the file, computed node by node, to 1 %, and that without them with the network.
         timed: Whether every engine is timed on the first sample, in turn with the same network in
             float32.
         engines: "onnxruntime", "openvino".
@@ -90,25 +101,39 @@ def export_onnx(
     Raises:
         FileExistsError: There is such a file already.
         ValueError: A layer has more than 8 bits or no step sizes yet, PyTorch cannot export the
-            network, an engine refuses it or computes something else; nothing is written then.
+            network, an engine refuses it or computes something else, or ``residual_bits`` is
+            another number or without ``calibration``; nothing is written then.
         OSError: The file cannot be written.
         ImportError: What comes with the extra ``export`` is not installed.
     """
     target = checked_target(path, overwrite=overwrite)
+    if residual_bits not in (None, 8):
+        raise ValueError(f"residual_bits is {residual_bits}, expected 8 or None")
+    if residual_bits is not None and calibration is None:
+        raise ValueError("residual_bits needs batches to find ranges with: give calibration")
     made = qcdq_model(model, example_input, shift=shift)
     bits = {
         name: [layer.weight_range.bits, layer.input_range.bits]
         for name, layer in layer_codes(model).items()
     }
     made.metadata_props["limpq_ext.bits"] = json.dumps(bits)
-    file = serialized(made)
+    exact = file = _written(made)
+    if residual_bits is not None and calibration is not None:
+        quantize_additions(made, model, calibration)
+        made.metadata_props["limpq_ext.residual_bits"] = str(residual_bits)
+        file = _written(made)
     verified = []
     if verify is not None:
         batches = list(verify)
-        for engine, optimized in [("onnxruntime", False), *((name, True) for name in engines)]:
-            found = verify_onnx(file, model, batches, engine, optimized=optimized, threads=threads)
-            found.check(MOST_DIFFERING if shift or not optimized else MOST_UNSHIFTED)
-            verified.append(found)
+        own = verify_onnx(exact, model, batches, "onnxruntime", optimized=False, threads=threads)
+        own.check(MOST_DIFFERING)
+        verified.append(own)
+        for engine in engines:
+            own = verify_onnx(
+                file, model, batches, engine, by_itself=file is not exact, threads=threads
+            )
+            own.check(MOST_DIFFERING if shift and file is exact else MOST_UNSHIFTED)
+            verified.append(own)
         if timed:
             files = (file, float_onnx(model, example_input))
             inputs = input_arrays(model, batches[0][0])
@@ -135,6 +160,13 @@ def float_onnx(model: nn.Module, example_input: Inputs) -> bytes:
     made = onnx_graph(model, example_input, quantized=False)
     finish(made)
     return serialized(made)
+
+
+def _written(made: ir.Model) -> bytes:
+    """A file of a model, which keeps the types that say more than the file has to."""
+    brief = made.clone()
+    forget_types(brief.graph)
+    return serialized(brief)
 
 
 def _timed(

@@ -30,6 +30,7 @@ from limpq_ext.export.onnx_graph import (
     onnx_graph,
     replace,
 )
+from limpq_ext.export.residual import RESIDUAL_CODES
 from limpq_ext.nn.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -77,18 +78,26 @@ def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -
             else:
                 _write_weights(graph, node, layers[name], run, folded.get(node), shift)
     finish(made)
-    known = codes_in(graph)
-    for node in graph:
-        for value in node.outputs:
-            if value.name not in known and not value.is_graph_output():
-                value.shape = value.type = None  # which engines find out for themselves
     return made
 
 
 def codes_in(graph: ir.Graph) -> dict[str, ir.Value]:
-    """The codes of what comes into layers, by "LAYER.input_codes", ".2" being of its second run."""
+    """The codes of what comes into layers, by "LAYER.input_codes", ".2" being of its second run.
+
+    And those of what enters additions, where that is quantized.
+    """
     values = {str(value.name): value for node in graph for value in node.outputs}
-    return {name: value for name, value in values.items() if f".{CODES}" in name}
+    kinds = (f".{CODES}", f".{RESIDUAL_CODES}")
+    return {name: value for name, value in values.items() if any(kind in name for kind in kinds)}
+
+
+def forget_types(graph: ir.Graph) -> None:
+    """Leave out of a file the shapes and types that engines find out for themselves."""
+    known = codes_in(graph)
+    for node in graph:
+        for value in node.outputs:
+            if value.name not in known and not value.is_graph_output():
+                value.shape = value.type = None
 
 
 def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) -> None:

@@ -102,16 +102,16 @@ def test_without_the_extra_a_run_has_no_file(limpq, tmp_path, monkeypatch):
 
 def test_what_does_not_compute_the_same_ends_no_run_unasked(limpq, tmp_path, monkeypatch):
     def refused(*_, **__):
-        raise ValueError("onnxruntime 1 does not compute what the network does")
+        raise ValueError("onnxruntime 1 does not compute what it should")
 
     monkeypatch.setattr("limpq_ext.app.run.export_network", refused)
     code, said, error = run(limpq, tmp_path)
     assert code == 0, error
-    assert "export: left out: onnxruntime 1 does not compute what the network does" in said
+    assert "export: left out: onnxruntime 1 does not compute what it should" in said
     assert "policy.onnx" not in numbers_of(tmp_path / "out")
     code, _, error = run(limpq, tmp_path, "--set", "export.onnx=true")
     assert code == 2
-    assert error == "limpq: onnxruntime 1 does not compute what the network does\n"
+    assert error == "limpq: onnxruntime 1 does not compute what it should\n"
     assert not (tmp_path / "out" / "policy.onnx").exists()
 
 

@@ -75,7 +75,9 @@ def test_what_computes_something_else_is_not_written(
     wrong = Verification(engine="onnxruntime 1", samples=16, **{**told, **found})
     monkeypatch.setattr(onnx_files, "verify_onnx", lambda *_, **__: wrong)
     model, batches = network
-    with pytest.raises(ValueError, match=f"onnxruntime 1 does not compute what.*{message}"):
+    with pytest.raises(
+        ValueError, match=f"onnxruntime 1 does not compute what it should.*{message}"
+    ):
         lq.export_onnx(model, tmp_path / "wrong.onnx", batches[0][0][:1], verify=batches)
     assert not list(tmp_path.iterdir())
 
@@ -187,3 +189,58 @@ def test_the_float_file_is_the_network_without_quantizers(network):
     float_model.head.bias.data.copy_(model.head.bias)
     with torch.no_grad():
         assert found == pytest.approx(float_model(x).numpy(), abs=1e-4)
+
+
+def test_what_enters_additions_is_quantized_where_it_is_asked_for(tmp_path):
+    model, batches = deployed.quantized("pre-activation")
+    x = batches[0][0][:1]
+    plain = lq.export_onnx(model, tmp_path / "plain.onnx", x, verify=batches)
+    told = lq.export_onnx(
+        model, tmp_path / "a.onnx", x, residual_bits=8, calibration=batches, verify=batches
+    )
+    proto = onnx.load(tmp_path / "a.onnx")
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    additions = [node for node in proto.graph.node if node.op_type == "Add"]
+    assert len(additions) == 1
+    for operand in additions[0].input:
+        assert made_by[operand].op_type == "DequantizeLinear"
+        quantize = made_by[made_by[operand].input[0]]
+        assert quantize.op_type == "QuantizeLinear"
+        assert quantize.output[0] == f"{quantize.input[0]}.residual_codes"
+    stored = {own.key: own.value for own in proto.metadata_props}
+    assert stored["limpq_ext.residual_bits"] == "8"
+    # The layers before the addition no longer stay in float.
+    assert told.verified[1].integer_kernels > plain.verified[1].integer_kernels
+    assert told.verified[1].agreement >= 14 / 16
+
+
+def test_ranges_of_additions_hold_all_values(tmp_path):
+    from limpq_ext.export.qcdq import qcdq_model
+    from limpq_ext.export.residual import _ranges
+
+    model, batches = deployed.quantized("pre-activation")
+    made = qcdq_model(model, batches[0][0][:1])
+    addition = next(node for node in made.graph if node.op_type == "Add")
+    names = [value.name for value in addition.inputs]
+    seen = []
+    model.conv2.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    found = _ranges(made, names, model, batches)
+    values = torch.cat(seen)
+    ends = (float(values.min()), float(values.max()))
+    assert any(own == pytest.approx(ends, rel=0.05) for own in found.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual_bits": 7}, "residual_bits is 7, expected 8 or None"),
+        ({"residual_bits": 8}, "residual_bits needs batches to find ranges with"),
+    ],
+)
+def test_other_bits_for_additions_are_refused(options, message, network, tmp_path):
+    model, batches = network
+    with pytest.raises(ValueError, match=message):
+        lq.export_onnx(model, tmp_path / "a.onnx", batches[0][0][:1], **options)

@@ -39,6 +39,12 @@ def export(
         bool,
         typer.Option(help="Store codes of weights times powers of two: exact, and runs closer."),
     ] = True,
+    residual_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="8", help="Quantize what enters additions too: faster, not what was trained."
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Write only what engines compute as the network does.")
     ] = True,
@@ -83,6 +89,7 @@ def export(
                     model,
                     path,
                     shift=shift,
+                    residual_bits=residual_bits,
                     images=images if verify else 0,
                     engines=engines,
                     threads=threads,
@@ -91,6 +98,8 @@ def export(
 
         write(out, force, save)
     print_exported(made[0], out)
+    if residual_bits is not None:
+        say("what enters additions has 8 bits: this is not the network that was trained")
 
 
 def print_exported(made: ExportedFile, path: Path) -> None:
