@@ -18,6 +18,8 @@ from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
 from .export.onnx_files import ExportedFile as ExportedFile
 from .export.onnx_files import export_onnx as export_onnx
+from .export.packed import load as load
+from .export.packed import save as save
 from .export.verify import Verification as Verification
 from .graph.profile import profile as profile
 from .joint.trainer import JointStep as JointStep

@@ -23,7 +23,7 @@ class Range:
         quant_min: The lowest q, 0 or less.
         quant_max: The highest.
         scale: The step size in use: a scalar, or one for each channel. In the type that the kernels
-            compute in: float32, float64 where the quantizer has that.
+            compute in: float32, float64 where the weights have that.
         axis: The axis of the channels; None: one scale for the tensor.
     """
 
@@ -130,8 +130,9 @@ def float_bytes(model: nn.Module) -> int:
 
 
 def _codes(name: str, layer: QuantizedLayer) -> LayerCodes:
-    weight_range = _range(f"layer '{name}': weight quantizer", layer.weight_quantizer)
-    input_range = _range(f"layer '{name}': input quantizer", layer.input_quantizer)
+    computing = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    weight_range = _range(f"layer '{name}': weight quantizer", layer.weight_quantizer, computing)
+    input_range = _range(f"layer '{name}': input quantizer", layer.input_quantizer, computing)
     weight = layer.quantized_weight().detach().cpu()
     if not weight.isfinite().all():
         raise ValueError(f"layer '{name}' has weights that are NaN or infinite")
@@ -142,12 +143,11 @@ def _codes(name: str, layer: QuantizedLayer) -> LayerCodes:
     return LayerCodes(name, codes.to(integer), weight_range, input_range)
 
 
-def _range(where: str, quantizer: LsqQuantizer) -> Range:
+def _range(where: str, quantizer: LsqQuantizer, computing: torch.dtype) -> Range:
     index = quantizer.bits.index(quantizer.selected_bits)
     if not bool(quantizer.initialized[index]):
         raise ValueError(f"{where} has no step size yet: calibrate or train the network first")
-    scale = quantizer.scale.detach()[index].cpu()
-    scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    scale = quantizer.scale.detach()[index].cpu().to(computing)
     scale = scale.clamp(quantizer.scale_min, quantizer.scale_max)
     if not scale.isfinite().all():
         raise ValueError(f"{where} has step sizes that are NaN or infinite")

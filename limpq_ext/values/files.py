@@ -1,8 +1,9 @@
 """How the package's files are read and written.
 
 A `Document` is a JSON object with ``"format"`` and ``"version"`` beside the fields of one frozen
-dataclass. Reading checks all of it and names the file, the field and the reason; writing goes to a
-temporary name first, so that a killed run leaves the old file or the new one and nothing between.
+dataclass; a `Formatted` is one within another file. Reading checks all of it and names the file,
+the field and the reason; writing goes to a temporary name first, so that a killed run leaves the
+old file or the new one and nothing between.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_atomically(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is complete.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
@@ -41,24 +42,48 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Args:
         path: Name of the file in the end; its folder has to exist.
+        overwrite: Whether a file of that name is replaced, also one that appears meanwhile.
 
     Yields:
         The temporary file, open for writing in binary mode.
 
     Raises:
+        FileExistsError: If there is such a file, and it is not to be replaced.
         OSError: If the folder is missing or cannot be written to.
     """
     target = Path(os.path.realpath(path))
+    if not overwrite:
+        _refuse_existing(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        if overwrite:
+            temporary.replace(target)
+        else:
+            _take_name(temporary, target, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _take_name(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    try:
+        os.link(temporary, target)  # unlike a rename, this fails where the name is taken
+    except OSError:
+        _refuse_existing(path)
+        temporary.rename(target)  # a file system without links
+    else:
+        temporary.unlink()
+
+
+def _refuse_existing(path: str | os.PathLike[str]) -> None:
+    if Path(path).exists():
+        raise FileExistsError(
+            f"'{os.fspath(path)}' exists and is not replaced: overwrite=True replaces it"
+        )
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -104,8 +129,8 @@ class Strict:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
 
 
-class Document(Strict):
-    """Base of a frozen dataclass that is a file of its own; the dataclasses in it are `Strict`.
+class Formatted(Strict):
+    """Base of a frozen dataclass that says its format; the dataclasses in it are `Strict`.
 
     Attributes:
         FORMAT: What the file says it is.
@@ -115,36 +140,23 @@ class Document(Strict):
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a JSON file, atomically.
-
-        Args:
-            path: The file to write or to replace.
-
-        Raises:
-            TypeError: If JSON has no form for a value in it.
-            ValueError: If it holds a NaN or an infinity.
-            OSError: If the file cannot be written.
-        """
+    def document(self) -> dict[str, Any]:
+        """The JSON object that it is in a file."""
         fields = dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
-        write_json(path, {"format": self.FORMAT, "version": self.VERSION, **fields})
+        return {"format": self.FORMAT, "version": self.VERSION, **fields}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a JSON file that `save` wrote.
+    def from_document(cls, document: dict[str, Any], path: str | os.PathLike[str]) -> Self:
+        """What the JSON object of a file holds, checked.
 
         Args:
-            path: The file.
-
-        Returns:
-            What it holds, checked.
+            document: The object.
+            path: The file, for the errors.
 
         Raises:
-            OSError: If the file is missing (FileNotFoundError) or cannot be read: a folder, no
-                permission.
-            FileFormatError: If it is not such a file; the message names file, field and reason.
+            FileFormatError: If it is no such object; the message names file, field and reason.
         """
-        document = read_object(path, cls.FORMAT)
+        document = dict(document)
         for field, expected in (("format", cls.FORMAT), ("version", cls.VERSION)):
             where = f"{os.fspath(path)}: {field}"
             if field not in document:
@@ -161,6 +173,40 @@ class Document(Strict):
                 raise FileFormatError(first_problem(error, document)) from error
             _check_finite(document, "")
             return value
+
+
+class Document(Formatted):
+    """Base of a frozen dataclass that is a JSON file of its own."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a JSON file, atomically.
+
+        Args:
+            path: The file to write or to replace.
+
+        Raises:
+            TypeError: If JSON has no form for a value in it.
+            ValueError: If it holds a NaN or an infinity.
+            OSError: If the file cannot be written.
+        """
+        write_json(path, self.document())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            What it holds, checked.
+
+        Raises:
+            OSError: If the file is missing (FileNotFoundError) or cannot be read: a folder, no
+                permission.
+            FileFormatError: If it is not such a file; the message names file, field and reason.
+        """
+        return cls.from_document(read_object(path, cls.FORMAT), path)
 
 
 def _check_finite(value: Any, field: str) -> None:
