@@ -374,7 +374,7 @@ def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
         if value.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{where}'{name}' is {value.dtype}, the network's is {tensor.dtype}")
-    unexpected = [name for name in state if name not in own]
+    unexpected = sorted(state.keys() - own.keys())
     if unexpected:
         raise ValueError(f"{where}the network has no {listed(unexpected)}")
     _check_finite(model, state)
