@@ -15,8 +15,10 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("typer")
 
+import torch
 import yaml
 from pictures import write_classes
+from torch import nn
 
 from limpq_ext import (
     Costs,
@@ -27,11 +29,14 @@ from limpq_ext import (
     LatencyTable,
     Policy,
     ScoreCheck,
+    apply_policy,
+    save,
 )
 from limpq_ext.allocation.budgets import BUDGETS
 from limpq_ext.scores.methods import methods_text
 from limpq_ext.values.costs import LayerCost, LiveTensor
 from limpq_ext.values.interactions import Interactions
+from limpq_ext.values.policy import LayerBits
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMPQ_INDICATORS = ROOT.parent / "shared" / "data" / "limpq_resnet50_indicators.pkl"
@@ -580,6 +585,47 @@ def test_info_tells_the_memory_of_a_models_weight_bank(limpq):
     assert code == 0
     assert re.search(r"searchable layers +19, 11,157,504 weights", said)
     assert re.search(r"weight bank +223\.2 MB in float32 for 5 bit-widths", said)
+
+
+def packed(folder):
+    """A small quantized network in packed safetensors."""
+    torch.manual_seed(0)
+    layers = (LayerBits("0", 3, 4), LayerBits("1", 4, 16))
+    policy = Policy(layers, (LayerBits("2", 8, 8),), 1.0, 1.0, 0.0)
+    network = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8, bias=False))
+    model = apply_policy(network, policy)
+    model(torch.randn(4, 32))
+    save(model, folder / "network.safetensors", policy=policy, name="mlp")
+    return folder / "network.safetensors"
+
+
+def test_info_tells_what_a_packed_file_holds(limpq, tmp_path):
+    path = packed(tmp_path)
+    code, said, error = limpq("info", path)
+    assert code == 0, error
+    rows = dict(re.split(" {2,}", line, maxsplit=1) for line in said.splitlines() if line)
+    assert rows["format"] == "limpq-packed, version 1"
+    assert rows["architecture"] == "Sequential, the model 'mlp'"
+    assert rows["quantized layers"] == "3, 6,656 weights"
+    assert rows["mean bits"] == "weights 5.00, activations 9.33 (by layer)"
+    assert rows["policy"] == "searched, gap 0.0e+00"
+    size = (32 * 64 * 3 + 64 * 64 * 4 + 64 * 8 * 8) // 8
+    assert rows["quantized weights"] == (
+        f"{size / 1e6:.3f} MB, {4 * 6656 / size:.2f} times smaller than in float32"
+    )
+    assert rows["in float"] == "0.001 MB"
+    assert rows["file"].startswith(f"{path.stat().st_size / 1e6:.3f} MB, ")
+    assert rows["1"].split() == ["4", "16", "4,096", "2,048"]
+
+
+def test_info_refuses_what_is_no_packed_file(limpq, tmp_path):
+    path = packed(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, error = limpq("info", path)
+    assert code == 2
+    assert re.fullmatch(rf"limpq: {path}: not a safetensors file: its tensors end at .*\n", error)
+    code, _, error = limpq("info", path, "--model", "resnet18")
+    assert (code, error) == (2, "limpq: FILE and --model are told about one at a time\n")
 
 
 @pytest.mark.parametrize(
