@@ -45,6 +45,7 @@ from limpq_ext import (
     LatencyTable,
     NonFiniteError,
     Policy,
+    apply_policy,
     finetune,
     prepare,
     profile,
@@ -53,10 +54,13 @@ from limpq_ext import (
 from limpq_ext.allocation.pareto import Curve, pareto
 from limpq_ext.app.models import load_weights, save_weights
 from limpq_ext.app.recipe import Recipe, dump_recipe, load_recipe, load_restrictions
+from limpq_ext.export.packed import load as unpack
+from limpq_ext.export.packed import save as pack
 from limpq_ext.training.checkpoint import Checkpoint, write_sealed
 from limpq_ext.training.loop import Recording
 from limpq_ext.training.metrics import MetricsFile
 from limpq_ext.values.interactions import Interactions
+from limpq_ext.values.packed_files import KEY
 
 BITS = (2, 4)
 SECONDS = 10
@@ -151,6 +155,10 @@ def write_files(folder: Path) -> dict[str, bytes]:
     torch.save(trainer.state_dict(), folder / "trainer.pt")
     torch.save(make_network().state_dict(), folder / "weights.pt")
     save_weights(make_network(), folder / "weights.safetensors")
+    policy = Policy.uniform(costs, 3, 4)
+    model = apply_policy(make_network(), policy, per_channel_weights=True).train()
+    model(BATCHES[0][0])
+    pack(model, folder / "packed.safetensors", policy=policy)
     (folder / "recipe.yaml").write_text(dump_recipe(Recipe()))
     (folder / "restrictions.yaml").write_text(
         "pairs: {'*': [[4, 8], [2, 2]]}\nfixed: {middle: [4, 4]}\n"
@@ -247,6 +255,23 @@ def save_tensors(value: Any) -> bytes:
     return save(value)
 
 
+def load_packed(data: bytes) -> Any:
+    """The header, in which the metadata are no text, and the bytes after it."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"][KEY] = json.loads(header["__metadata__"][KEY])
+    return {"header": header, "data": data[8 + length :]}
+
+
+def save_packed(value: Any) -> bytes:
+    header = dict(value["header"])
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and not isinstance(metadata.get(KEY, ""), str):
+        header["__metadata__"] = {**metadata, KEY: json.dumps(metadata[KEY])}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + value["data"]
+
+
 JSON = (read_json, write_json)
 YAML = (yaml.safe_load, lambda value: yaml.safe_dump(value).encode())
 TORCH = (load_torch, save_torch)
@@ -303,6 +328,11 @@ KINDS = [
         "weights.safetensors",
         lambda path: load_weights(make_network(), path),
         (load_tensors, save_tensors),
+    ),
+    Kind(
+        "packed.safetensors",
+        lambda path: unpack(path, make_network()),
+        (load_packed, save_packed),
     ),
     Kind("recipe.yaml", load_recipe, YAML),
     Kind("restrictions.yaml", load_restrictions, YAML),
@@ -524,6 +554,15 @@ def held(first: int, last: int) -> dict[str, Any]:
     return {"elements": 1, "layer": "a", "first": first, "last": last}
 
 
+def with_shape(packed: bytes, rows: int, columns: int) -> bytes:
+    """Another shape of the weights of a layer."""
+    value = load_packed(packed)
+    begin, _ = value["header"]["middle.weight_shape"]["data_offsets"]
+    data = bytearray(value["data"])
+    data[begin : begin + 16] = struct.pack("<qq", rows, columns)
+    return save_packed({**value, "data": bytes(data)})
+
+
 def checkpoint_with(**changes: Any) -> Callable[[Mapping[str, bytes]], bytes]:
     return lambda valid: save_checkpoint({**load_torch(valid["resume.checkpoint"]), **changes})
 
@@ -618,6 +657,16 @@ HOSTILE: dict[str, tuple[str, Callable[[Mapping[str, bytes]], bytes], str]] = {
         "stages.json",
         lambda files: files["stages.json"].replace(b'"profile": {', b'"profile": ['),
         "not JSON",
+    ),
+    "shape": (
+        "packed.safetensors",
+        lambda files: with_shape(files["packed.safetensors"], 10**6, 10**6),
+        "for 3 bits of a weight of shape (1000000, 1000000, 3, 3)",
+    ),
+    "header": (
+        "packed.safetensors",
+        lambda files: struct.pack("<Q", 2**40) + files["packed.safetensors"][8:],
+        "its header has 1099511627776 bytes",
     ),
     "aliases": ("recipe.yaml", lambda _: bomb_of_aliases(), "more than 100000 values"),
     "itself": ("recipe.yaml", lambda _: b"model: &a [*a]", "a value that holds itself"),
