@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 import limpq_ext as lq
-from limpq_ext.app.models import CifarResNet, load_weights, save_weights
+from limpq_ext.app.weights import load_weights, save_weights
 from limpq_ext.data.glyphs import CLASSES, GlyphImages
 from limpq_ext.ilp.program import minimise
 from limpq_ext.ilp.rows import Row
+from limpq_ext.nn.named import CifarResNet
 from limpq_ext.training.loop import run_epochs
 from limpq_ext.training.optimizers import make_optimizer
 from limpq_ext.values.costs import Costs

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import limpq_ext as lq
-from limpq_ext.app.models import create_model
+from limpq_ext.nn.named import create_model
 
 from .cases import BITS
 from .peers import EagerJointTrainer, compiled_for_all_bits, eager
@@ -36,7 +36,7 @@ class Shape:
     """A network and its batch.
 
     Attributes:
-        model: By the name of limpq_ext.app.models.
+        model: By the name of limpq_ext.nn.named.
         batch: Images.
         size: Height and width.
         autocast: Whether the steps run in bfloat16 autocast.

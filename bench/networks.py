@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import limpq_ext as lq
-from limpq_ext.app.models import CifarResNet, load_weights, save_weights
+from limpq_ext.app.weights import load_weights, save_weights
 from limpq_ext.data.glyphs import CLASSES, GlyphImages
+from limpq_ext.nn.named import CifarResNet
 from limpq_ext.values.files import open_atomically
 
 from .photographs import draw_crops, find_photographs, split_photographs

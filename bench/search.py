@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from limpq_ext.app.models import create_shapes
 from limpq_ext.graph.profile import profile
 from limpq_ext.ilp.columns import by_group
 from limpq_ext.ilp.program import Program, _Task
 from limpq_ext.ilp.relaxation import around
 from limpq_ext.ilp.rows import Row, total
+from limpq_ext.nn.named import create_shapes
 from limpq_ext.values.costs import FLOAT_BITS, Costs
 from limpq_ext.values.indicators import Indicators, LayerIndicators
 

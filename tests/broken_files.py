@@ -52,8 +52,8 @@ from limpq_ext import (
     search,
 )
 from limpq_ext.allocation.pareto import Curve, pareto
-from limpq_ext.app.models import load_weights, save_weights
 from limpq_ext.app.recipe import Recipe, dump_recipe, load_recipe, load_restrictions
+from limpq_ext.app.weights import load_weights, save_weights
 from limpq_ext.export.packed import load as unpack
 from limpq_ext.export.packed import save as pack
 from limpq_ext.training.checkpoint import Checkpoint, write_sealed

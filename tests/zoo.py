@@ -16,7 +16,7 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
-from limpq_ext.app.models import create_shapes
+from limpq_ext.nn.named import create_shapes
 
 CLASSES = 8
 TORCHVISION = models.list_models(module=models)

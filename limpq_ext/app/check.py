@@ -8,12 +8,12 @@ from typing import Final
 
 from limpq_ext.allocation.infeasible import InfeasibleError
 from limpq_ext.allocation.search import search
-from limpq_ext.app.models import is_published
 from limpq_ext.app.recipe import LEARNED, NEEDED_TO_EXPORT, Recipe
 from limpq_ext.app.session import Session
 from limpq_ext.app.trainings import make_joint_trainer, train_loader
 from limpq_ext.export.engines import check_engine
 from limpq_ext.export.onnx_graph import onnx_graph
+from limpq_ext.nn.named import is_published
 from limpq_ext.training.distributed import from_main
 from limpq_ext.training.metrics import Meter
 from limpq_ext.values.costs import Costs

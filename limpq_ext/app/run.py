@@ -16,7 +16,6 @@ from limpq_ext.allocation.search import search
 from limpq_ext.app.check import check
 from limpq_ext.app.exporting import accuracy_of_file, export_network
 from limpq_ext.app.locks import only_one
-from limpq_ext.app.models import is_published
 from limpq_ext.app.recipe import AUTO, LEARNED, Recipe
 from limpq_ext.app.results import (
     Result,
@@ -48,6 +47,7 @@ from limpq_ext.app.stages import (
 )
 from limpq_ext.app.trainings import finetune_policy, train_float, train_indicators
 from limpq_ext.data.loading import Data
+from limpq_ext.nn.named import is_published
 from limpq_ext.scores.check import ScoreCheck
 from limpq_ext.training.distributed import from_main, gather
 from limpq_ext.values.costs import Costs

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from limpq_ext.app.models import create_model, is_published, load_weights, save_weights
 from limpq_ext.app.recipe import Recipe
+from limpq_ext.app.weights import load_weights, save_weights
 from limpq_ext.conversion.apply import apply_policy
 from limpq_ext.conversion.prepare import prepare
 from limpq_ext.data.datasets import DataOptions, load_data
 from limpq_ext.data.loading import Data
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
 from limpq_ext.graph.profile import profile
+from limpq_ext.nn.named import create_model, is_published
 from limpq_ext.training.distributed import broadcast_state, from_main
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.policy import Policy

@@ -7,17 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from limpq_ext.app.models import (
-    CifarResNet,
-    create_model,
-    create_shapes,
-    is_published,
-    load_weights,
-    save_weights,
-)
+from limpq_ext.app.weights import load_weights, save_weights
 from limpq_ext.conversion.apply import apply_policy
 from limpq_ext.data.datasets import load_data
 from limpq_ext.data.loading import make_loader
+from limpq_ext.nn.named import CifarResNet, create_model, create_shapes, is_published
 from limpq_ext.values.policy import Policy
 from limpq_ext.values.reading import FileFormatError
 
@@ -264,7 +258,7 @@ def test_a_model_of_ones_own_is_a_function_of_a_module(tmp_path, monkeypatch):
     assert sys.path == before
     monkeypatch.syspath_prepend(tmp_path)
     assert create_model("my_networks:tiny", width=6).out_features == 6
-    assert create_model("limpq_ext.app.models:CifarResNet", blocks=1).fc.out_features == 10
+    assert create_model("limpq_ext.nn.named:CifarResNet", blocks=1).fc.out_features == 10
 
 
 @pytest.mark.parametrize(

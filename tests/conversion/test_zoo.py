@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo import TIMM, TINY, TORCHVISION, small_model
 
 import limpq_ext as lq
-from limpq_ext.app.models import load_weights, save_weights
+from limpq_ext.app.weights import load_weights, save_weights
 
 FAST = [*TINY, "resnet18", "mobilenet_v2", "beit_base_patch16_224"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from limpq_ext.app.models import CifarResNet
 from limpq_ext.graph.fingerprint import graph_digest, source_digest, structure_digest
+from limpq_ext.nn.named import CifarResNet
 
 X = torch.zeros(2, 3, 8, 8)
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 pytest.importorskip("torchvision")
 
 from limpq_ext import JointTrainer, NonFiniteError, prepare
-from limpq_ext.app.models import CifarResNet
+from limpq_ext.nn.named import CifarResNet
 from limpq_ext.training.cuda_graphs import Captured
 
 BITS = (2, 4)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from limpq_ext import JointTrainer, prepare, quantized_layers
-from limpq_ext.app.models import CifarResNet
 from limpq_ext.joint.sharing import BranchGraph, UntraceableError
+from limpq_ext.nn.named import CifarResNet
 
 BITS = (2, 4)
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from limpq_ext import Indicators, JointTrainer, prepare, quantized_layers
-from limpq_ext.app.models import CifarResNet
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
+from limpq_ext.nn.named import CifarResNet
 from limpq_ext.values.reading import FileFormatError
 
 BITS = (2, 4, 6)

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from limpq_ext import FileFormatError, Indicators, LatencyTable, Policy
-from limpq_ext.app.models import load_weights
 from limpq_ext.app.recipe import load_recipe, load_restrictions
+from limpq_ext.app.weights import load_weights
 from limpq_ext.training.checkpoint import Checkpoint
 from limpq_ext.training.metrics import MetricsFile
 from limpq_ext.values.reading import first_line, reading

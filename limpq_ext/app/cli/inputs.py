@@ -103,8 +103,8 @@ def count_costs(
     """The costs of a model by its name and an image's shape, or of a recipe's model."""
     import torch
 
-    from limpq_ext.app.models import create_shapes
     from limpq_ext.graph.profile import profile as count
+    from limpq_ext.nn.named import create_shapes
 
     if recipe is not None or model is None:
         if recipe is None:
