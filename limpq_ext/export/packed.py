@@ -19,6 +19,7 @@ from limpq_ext.kernels.ops import SCALE_MIN
 from limpq_ext.nn.attention import ProjectedAttention, ProjectedWindows, copied, with_layers
 from limpq_ext.nn.batch_norm import SwitchableBatchNorm
 from limpq_ext.nn.layers import QuantizedLayer, quantizable_base, quantized_twin
+from limpq_ext.nn.named import create_model
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 from limpq_ext.nn.swapping import float_class, swap_modules
@@ -217,7 +218,7 @@ def _check_finite(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], float_model: nn.Module | str, **options: Any) -> nn.Module:
     """The quantized network that :func:`save` wrote, with the same outputs.
 
     The weights of its quantized layers are codes times step sizes, which their quantizers give back
@@ -227,7 +228,9 @@ def load(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Module:
         path: The file.
         float_model: The float network of the same architecture, whatever its weights; it is left as
             it is. The result has its device, its mode and its memory formats, and the dtypes of the
-            file.
+            file. A name: that of a recipe, as for :func:`limpq_ext.nn.named.create_model`; the name
+            that the file tells is not used, for a name may run code.
+        **options: With a name: arguments of the network's constructor, such as ``num_classes``.
 
     Returns:
         The quantized network: to its outputs, in evaluation mode, that which was saved, but for the
@@ -237,11 +240,17 @@ def load(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Module:
         OSError: The file cannot be read (FileNotFoundError: there is none).
         FileFormatError: It is no such file, or not of this architecture; the message names the
             first layer or tensor that differs.
-        ValueError: The float network is quantized, or has no values.
-        ImportError: safetensors is not installed.
+        ValueError: The float network is quantized, or has no values; or the name is unknown.
+        TypeError: ``float_model`` is neither a network nor a name, or there are options without a
+            name.
+        ImportError: safetensors is not installed, or what has the network of the name.
     """
-    _check_float(float_model)
     header = read_header(path)
+    if isinstance(float_model, str):
+        float_model = create_model(float_model, **options)
+    elif options:
+        raise TypeError(f"options are for a network by name: {listed(list(options))}")
+    _check_float(float_model)
     tensors = load_safetensors(path, "packed safetensors")
     replaced = header.network.attention
     model = copied(with_layers(float_model, lambda name: name in replaced))
@@ -255,7 +264,7 @@ def load(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Module:
 
 def _check_float(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"float_model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"float_model is a {type(model).__name__}, expected a network or a name")
     if quantized_layers(model):
         raise ValueError("float_model is quantized: give the float network")
     empty = [name for name, value in model.state_dict().items() if _is_empty(value)]

@@ -19,6 +19,7 @@ import limpq_ext as lq
 from limpq_ext.export.codes import layer_codes
 from limpq_ext.nn.attention import with_layers
 from limpq_ext.nn.layers import quantizable_base
+from limpq_ext.nn.named import CifarResNet
 from limpq_ext.values.files import open_atomically
 from limpq_ext.values.packed_files import KEY, read_header, words_shape
 from limpq_ext.values.policy import LayerBits
@@ -309,6 +310,15 @@ def test_a_tied_weight_stays_float_where_it_is(tmp_path):
     assert not torch.equal(loaded.head.weight, model.head.weight)
 
 
+def test_the_float_network_is_made_by_its_name(tmp_path):
+    model = quantized(lambda: CifarResNet(1, width=4, num_classes=3))
+    path = saved(tmp_path, model, name="cifar_resnet")
+    loaded = lq.load(path, "cifar_resnet", blocks=1, width=4, num_classes=3).eval()
+    assert torch.equal(loaded(image()), model(image()))
+    with pytest.raises(TypeError, match="options are for a network by name: 'width'"):
+        lq.load(path, CifarResNet(), width=4)
+
+
 def test_a_shared_layer_stays_shared(tmp_path):
     loaded = lq.load(saved(tmp_path, quantized(Shared)), Shared())
     assert loaded.again is loaded.block
@@ -538,7 +548,8 @@ def test_a_file_of_another_architecture_names_what_differs_first(network, change
     [
         (lambda: depthwise(), ValueError, "float_model is quantized: give the float network"),
         (lambda: Depthwise().to("meta"), ValueError, r"has no memory for 'stem\.0\.weight'"),
-        (lambda: "resnet18", TypeError, "float_model is a str, expected a torch.nn.Module"),
+        (lambda: "resnet17", ValueError, "unknown model 'resnet17': expected 'cifar_resnet', "),
+        (lambda: None, TypeError, "float_model is a NoneType, expected a network or a name"),
     ],
 )
 def test_what_is_no_float_network_is_said(network, make, kind, reason):
