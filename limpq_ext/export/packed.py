@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from limpq_ext.nn.named import create_model
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import ActivationQuantizer, LsqQuantizer, WeightQuantizer
 from limpq_ext.nn.swapping import float_class, swap_modules
-from limpq_ext.values.files import open_atomically
+from limpq_ext.values.files import open_atomically, refuse_existing
 from limpq_ext.values.names import listed
 from limpq_ext.values.optional import require
 from limpq_ext.values.packed_files import (
@@ -73,11 +72,9 @@ def save(
         ImportError: safetensors is not installed.
     """
     write = require("safetensors.torch", "train").save
-    if not overwrite and Path(path).exists():
-        # Found out before the work is done; open_atomically holds it to the end.
-        raise FileExistsError(
-            f"'{os.fspath(path)}' exists and is not replaced: overwrite=True replaces it"
-        )
+    if not overwrite:
+        refuse_existing(path)  # before the work is done; that nobody took it is seen to at the end
+    model = _unwrapped(model)
     layers = quantized_layers(model)
     _check_layers(layers)
     if any(isinstance(module, SwitchableBatchNorm) for module in model.modules()):
@@ -99,6 +96,14 @@ def save(
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with open_atomically(path, overwrite=overwrite) as file:
         file.write(write(plain, {KEY: metadata}))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network within what torch.compile and data-parallel training made of it."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
@@ -222,14 +227,16 @@ def load(path: str | os.PathLike[str], float_model: nn.Module | str, **options: 
     """The quantized network that :func:`save` wrote, with the same outputs.
 
     The weights of its quantized layers are codes times step sizes, which their quantizers give back
-    as they are. It can be trained further.
+    as they are. It can be trained further, from these weights: what training had kept between the
+    steps is not in the file.
 
     Args:
         path: The file.
         float_model: The float network of the same architecture, whatever its weights; it is left as
-            it is. The result has its device, its mode and its memory formats, and the dtypes of the
-            file. A name: that of a recipe, as for :func:`limpq_ext.nn.named.create_model`; the name
-            that the file tells is not used, for a name may run code.
+            it is. The result has its device, its mode, its memory formats and whatever is not in
+            the state_dict, and the dtypes of the file. A name: that of a recipe, as for
+            :func:`limpq_ext.nn.named.create_model`. The name that the file tells is not used, for a
+            name may run code.
         **options: With a name: arguments of the network's constructor, such as ``num_classes``.
 
     Returns:
@@ -253,6 +260,7 @@ def load(path: str | os.PathLike[str], float_model: nn.Module | str, **options: 
     _check_float(float_model)
     tensors = load_safetensors(path, "packed safetensors")
     replaced = header.network.attention
+    float_model = _unwrapped(float_model)
     model = copied(with_layers(float_model, lambda name: name in replaced))
     with reading(path):
         layers = _quantized(model, header, tensors)
@@ -290,10 +298,8 @@ def _quantized(
         module: Any = modules.get(name)
         where = f"is not of this {type(model).__name__}: "
         if module is None or quantizable_base(module) is None:
-            what = "no layer" if module is None else f"a {type(module).__name__}"
-            raise ValueError(
-                f"{where}it has the quantized layer '{name}', the network {what} there"
-            )
+            what = "no layer" if module is None else type(module).__name__
+            raise ValueError(f"{where}it has the quantized layer '{name}', the network {what}")
         if "weight" not in module._parameters:
             raise ValueError(f"{where}layer '{name}' computes its weight from other tensors")
         shape = header.shapes[name]

@@ -53,7 +53,7 @@ def open_atomically(path: str | os.PathLike[str], *, overwrite: bool = True) -> 
     """
     target = Path(os.path.realpath(path))
     if not overwrite:
-        _refuse_existing(path)
+        refuse_existing(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -73,13 +73,14 @@ def _take_name(temporary: Path, target: Path, path: str | os.PathLike[str]) -> N
     try:
         os.link(temporary, target)  # unlike a rename, this fails where the name is taken
     except OSError:
-        _refuse_existing(path)
+        refuse_existing(path)
         temporary.rename(target)  # a file system without links
     else:
         temporary.unlink()
 
 
-def _refuse_existing(path: str | os.PathLike[str]) -> None:
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if there is a file of this name."""
     if Path(path).exists():
         raise FileExistsError(
             f"'{os.fspath(path)}' exists and is not replaced: overwrite=True replaces it"

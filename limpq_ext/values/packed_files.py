@@ -99,7 +99,12 @@ class PackedInput(Strict):
 
 @dataclass(frozen=True)
 class PackedLayer(Strict):
-    """A quantized layer."""
+    """How a layer is quantized.
+
+    Attributes:
+        weight: Its weights.
+        input: What comes into it.
+    """
 
     weight: PackedWeight
     input: PackedInput

@@ -303,6 +303,16 @@ def test_training_mode_and_what_is_trained_are_those_of_the_float_model(network)
     assert loaded.project.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+)
+def test_a_wrapped_network_is_stored_as_itself(tmp_path, network, wrap):
+    path = saved(tmp_path, wrap(network[0]))
+    assert path.read_bytes() == network[1].read_bytes()
+    loaded = lq.load(path, wrap(Depthwise())).eval()
+    assert torch.equal(loaded(image()), network[0](image()))
+
+
 def test_a_tied_weight_stays_float_where_it_is(tmp_path):
     model = quantized(Tied)
     loaded = lq.load(saved(tmp_path, model), Tied())
@@ -522,8 +532,14 @@ def whole_numbers(model):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (instead(expand=nn.Identity()), "quantized layer 'expand', the network a Identity there"),
-        (lambda model: delattr(model, "expand"), "layer 'expand', the network no layer there"),
+        (
+            instead(expand=nn.Identity()),
+            "it has the quantized layer 'expand', the network Identity",
+        ),
+        (
+            lambda model: delattr(model, "expand"),
+            "it has the quantized layer 'expand', the network no layer",
+        ),
         (
             instead(head=nn.Linear(8, 7)),
             r"layer 'head' has weights of shape \(5, 8\), the network's has \(7, 8\)",
