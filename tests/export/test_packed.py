@@ -216,6 +216,11 @@ def guarded(tmp_path):
     with torch.no_grad():
         model.expand.weight_quantizer.scale[0, 0] = -1.0
         model.expand.input_quantizer.scale.fill_(3.0)
+        # Its inputs reach the lowest value, which a symmetric range does not have.
+        first = model.stem[0].input_quantizer
+        first.symmetric = True
+        first._decide(signed=True)
+        first.scale.fill_(0.01)
     return model, saved(tmp_path, model)
 
 
@@ -223,6 +228,7 @@ def test_guards_of_scales_are_kept(tmp_path):
     model, path = guarded(tmp_path)
     loaded = lq.load(path, Depthwise()).eval()
     assert torch.equal(loaded(image()), model(image()))
+    assert torch.equal(loaded.stem(image()), model.stem(image()))
     layer = loaded.expand
     assert (layer.weight_quantizer.scale_min, layer.weight_quantizer.scale_max) == (0.03, 0.125)
     assert (layer.input_quantizer.scale_min, layer.input_quantizer.scale_max) == (1e-5, 0.125)
