@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from networks import Attending
 from torch import nn
 
 from limpq_ext import apply_policy, lsq_fake_quantize, prepare, select_bits
@@ -34,7 +35,15 @@ def applied_network():
     return model
 
 
-@pytest.mark.parametrize("make", [quantized_network, applied_network])
+def attending_network():
+    x = torch.rand(4, 3, 8, 8)
+    torch.manual_seed(0)
+    model = prepare(Attending(), bits=(4,), example_input=x)
+    model(x)
+    return model
+
+
+@pytest.mark.parametrize("make", [quantized_network, applied_network, attending_network])
 def test_a_quantized_network_is_exported_with_a_free_batch_size(make):
     model = make().eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=1024)},)
