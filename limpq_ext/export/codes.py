@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from limpq_ext.nn.layers import QuantizedLayer
 from limpq_ext.nn.network import quantized_layers
 from limpq_ext.nn.quantizers import LsqQuantizer
 from limpq_ext.values.names import listed
+
+ZERO: Final = 128
+"""The code of 0 among 8-bit codes from 0 to 255 where what comes in is signed; else that is 0."""
 
 
 @dataclass(frozen=True)

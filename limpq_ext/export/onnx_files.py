@@ -13,10 +13,11 @@ from torch import nn
 
 from limpq_ext.export.codes import float_bytes, layer_codes
 from limpq_ext.export.engines import make_engine
-from limpq_ext.export.onnx_graph import finish, input_arrays, onnx_graph, serialized
+from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
 from limpq_ext.export.qcdq import forget_types, qcdq_model
 from limpq_ext.export.residual import quantize_additions
 from limpq_ext.export.timing import seconds_in_turn
+from limpq_ext.export.tracing import input_arrays
 from limpq_ext.export.verify import (
     MOST_DIFFERING,
     MOST_UNSHIFTED,

@@ -6,26 +6,28 @@ ours, which a format then replaces by nodes of its own: none of them is ever in 
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-import logging
-import warnings
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from limpq_ext.nn.attention import copied
-from limpq_ext.nn.inputs import Inputs, arguments, example_arguments
-from limpq_ext.nn.network import quantized_layers
+from limpq_ext.export.tracing import (
+    exporting,
+    first_axis,
+    one_sample,
+    two_samples,
+    with_quantizers,
+)
+from limpq_ext.nn.inputs import Inputs
 from limpq_ext.values.optional import require
-from limpq_ext.values.reading import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir as ir
 
 OPSET: Final = 21
@@ -52,13 +54,21 @@ class _Marker(nn.Module):
         )
 
 
-def onnx_graph(model: nn.Module, example_input: Inputs, *, quantized: bool = True) -> ir.Model:
+def onnx_graph(
+    model: nn.Module,
+    example_input: Inputs,
+    *,
+    opset: int = OPSET,
+    free_batch: bool = True,
+    quantized: bool = True,
+) -> ir.Model:
     """The graph of a quantized network; its quantizers are nodes ``limpq::Input`` and ``::Weight``.
 
     Args:
         model: Of :func:`limpq_ext.apply_policy`, calibrated or trained; it is left as it is.
-        example_input: What the model's forward takes; its first axis becomes the batch, of any
-            size.
+        example_input: What the model's forward takes; its first axis is the batch.
+        opset: The version of the standard operators; PyTorch writes none below 18.
+        free_batch: The batch has any size; else it is one sample.
         quantized: Whether it has quantizers at all; else it is the graph of a float network.
 
     Raises:
@@ -67,42 +77,44 @@ def onnx_graph(model: nn.Module, example_input: Inputs, *, quantized: bool = Tru
         ImportError: onnxscript is not installed.
     """
     require("onnxscript", "export")
-    network = copied(model).cpu().float().eval()
-    for name, layer in quantized_layers(network).items():
-        for kind in (INPUT, WEIGHT):
-            stands_in = _Marker(kind, name) if quantized else nn.Identity()
-            setattr(layer, f"{kind.lower()}_quantizer", stands_in)
-    args, kwargs = tree_map(_two_samples, example_arguments(example_input))
-    shapes = tree_map(_first_axis_dynamic, (args, kwargs))
-    try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                network,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=_by_name(network, *shapes),
-                verbose=False,
-            )
-    except Exception as error:  # whatever torch or the model raise
-        raise ValueError(
-            f"{type(model).__name__} cannot be exported: {_first_reason(error)}"
-        ) from error
+    marked = [partial(_Marker, kind) if quantized else _none for kind in (INPUT, WEIGHT)]
+    network = with_quantizers(model, *marked)
+    given = two_samples(example_input) if free_batch else one_sample(example_input)
+    size = torch.export.Dim.DYNAMIC
+    with exporting(model):
+        program = torch.onnx.export(
+            network,
+            given[0],
+            kwargs=given[1],
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=first_axis(network, given, size) if free_batch else None,
+            verbose=False,
+        )
     assert program is not None
     made: ir.Model = program.model
     made.graph.name = type(model).__name__
     made.producer_name = "limpq_ext"
     made.producer_version = None
-    _name_batch(made.graph)
+    if free_batch:
+        _name_batch(made.graph)
     return made
 
 
-def input_arrays(network: nn.Module, inputs: Inputs) -> list[np.ndarray[Any, Any]]:
-    """The tensors that a forward takes, in the order of the graph's inputs."""
-    args, kwargs = arguments(inputs)
-    bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
-    return [leaf.cpu().numpy() for leaf in tree_leaves(dict(bound)) if isinstance(leaf, Tensor)]
+def quantizers(graph: ir.Graph) -> Iterator[tuple[ir.Node, str, str, str]]:
+    """The nodes that stand for quantizers, which may be replaced meanwhile.
+
+    Yields:
+        The node, its kind, the layer, and what names of this run of the layer end in: nothing of
+        its first, ".2" of its second.
+    """
+    runs: Counter[tuple[str, str]] = Counter()
+    for node in list(graph):
+        for kind in (INPUT, WEIGHT):
+            if (layer := node_layer(node, kind)) is not None:
+                runs[layer, kind] += 1
+                number = runs[layer, kind]
+                yield node, kind, layer, "" if number == 1 else f".{number}"
 
 
 def node_layer(node: ir.Node | None, kind: str) -> str | None:
@@ -128,6 +140,28 @@ def constant(
         )
         graph.register_initializer(made)
     return graph.initializers[name]
+
+
+def transposition(node: ir.Node) -> ir.Node | None:
+    """The transposition that is all that reads weights: they may be stored as it leaves them."""
+    uses = list(node.outputs[0].uses())
+    reader = uses[0].node if len(uses) == 1 else None
+    if reader is None or reader.op_type != "Transpose":
+        return None
+    return reader if reader.attributes["perm"].as_ints() == [1, 0] else None
+
+
+def new_node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    attributes: dict[str, Any] | None = None,
+    domain: str = "",
+) -> ir.Node:
+    """A node of one output that is in no graph yet."""
+    import onnx_ir as ir
+
+    return ir.node(op_type, inputs, attributes, name=name, domain=domain)
 
 
 def replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
@@ -164,26 +198,17 @@ def serialized(model: ir.Model) -> bytes:
     import onnx_ir as ir
 
     proto: Any = ir.to_proto(model)
-    size = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
-    )
+    constants = (value.const_value for value in model.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in constants if tensor is not None)
     if size > _MOST_BYTES:
         raise ValueError(f"the ONNX file would have {size / 1e9:.1f} GB, and can have 2")
     written: bytes = proto.SerializeToString(deterministic=True)
     return written
 
 
-def _two_samples(value: Any) -> Any:
-    """An exporter takes a batch of 1 for a batch of always 1."""
-    return torch.cat([value, value]) if isinstance(value, Tensor) and len(value) == 1 else value
-
-
-def _first_axis_dynamic(value: Any) -> Any:
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) else None
-
-
-def _by_name(network: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
+def _none(_: str) -> nn.Module:
+    """No quantizer."""
+    return nn.Identity()
 
 
 def _name_batch(graph: ir.Graph) -> None:
@@ -197,22 +222,3 @@ def _name_batch(graph: ir.Graph) -> None:
             for axis, size in enumerate(value.shape):
                 if str(size) in symbols:
                     value.shape[axis] = "batch"
-
-
-def _first_reason(error: Exception) -> str:
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return first_line(error)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks of its own steps."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

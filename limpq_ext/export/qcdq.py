@@ -13,36 +13,31 @@ have one, on which the form of the nodes depends:
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from torch import nn
 
 from limpq_ext.export.batch_norm import Folded, fold_batch_norms
-from limpq_ext.export.codes import LayerCodes, check_widths, layer_codes
+from limpq_ext.export.codes import ZERO, LayerCodes, check_widths, layer_codes
 from limpq_ext.export.onnx_graph import (
     INPUT,
-    WEIGHT,
     constant,
     finish,
-    node_layer,
+    new_node,
     onnx_graph,
+    quantizers,
     replace,
+    transposition,
 )
 from limpq_ext.export.residual import RESIDUAL_CODES
 from limpq_ext.nn.inputs import Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import onnx_ir as ir
 
 CODES: Final = "input_codes"
 """What the codes of a layer's input are called, after its name."""
-
-ZERO: Final = 128
-"""The code of 0 where what comes in is signed; else that is 0."""
 
 _SMALL: Final = 4
 """Bits that fit into ONNX's 4-bit integers."""
@@ -66,17 +61,11 @@ def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -
     made = onnx_graph(model, example_input)
     graph = made.graph
     folded = fold_batch_norms(graph, layers)
-    runs: Counter[tuple[str, str]] = Counter()
-    for node in list(graph):
-        for kind in (INPUT, WEIGHT):
-            if (name := node_layer(node, kind)) is None:
-                continue
-            runs[name, kind] += 1
-            run = "" if runs[name, kind] == 1 else f".{runs[name, kind]}"
-            if kind == INPUT:
-                _write_input(graph, node, layers[name], run)
-            else:
-                _write_weights(graph, node, layers[name], run, folded.get(node), shift)
+    for node, kind, name, run in quantizers(graph):
+        if kind == INPUT:
+            _write_input(graph, node, layers[name], run)
+        else:
+            _write_weights(graph, node, layers[name], run, folded.get(node), shift)
     finish(made)
     return made
 
@@ -107,18 +96,20 @@ def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) ->
     zero = ZERO if grid.signed else 0
     scale = constant(graph, f"{name}.input_scale", grid.scale.float().numpy())
     zero_point = constant(graph, f"{name}.input_zero_point", np.array(zero, np.uint8))
-    made = [_node("QuantizeLinear", [node.inputs[0], scale, zero_point], f"{name}.quantize{run}")]
+    made = [
+        new_node("QuantizeLinear", [node.inputs[0], scale, zero_point], f"{name}.quantize{run}")
+    ]
     ends = {"min": grid.quant_min + zero, "max": grid.quant_max + zero}
     if tuple(ends.values()) != (0, 255):
         values = [
             constant(graph, f"{name}.input_{which}", np.array(end, np.uint8))
             for which, end in ends.items()
         ]
-        made.append(_node("Clip", [made[0].outputs[0], *values], f"{name}.clip{run}"))
+        made.append(new_node("Clip", [made[0].outputs[0], *values], f"{name}.clip{run}"))
     codes = made[-1].outputs[0]
     codes.name = f"{name}.{CODES}{run}"
     codes.shape, codes.type = node.outputs[0].shape, ir.TensorType(ir.DataType.UINT8)
-    made.append(_node("DequantizeLinear", [codes, scale, zero_point], f"{name}.dequantize{run}"))
+    made.append(new_node("DequantizeLinear", [codes, scale, zero_point], f"{name}.dequantize{run}"))
     replace(graph, node, made)
 
 
@@ -134,7 +125,7 @@ def _write_weights(
     codes, scale, axis = layer.weights.numpy(), grid.scale.double().numpy(), grid.axis
     if folded is not None:
         scale, axis = scale * folded.factors, folded.axis
-    turned = _turned(node)
+    turned = transposition(node)
     stored_as = f"{name}.weight_codes"
     if turned is not None:
         codes, axis = codes.T, None if axis is None else 1 - axis
@@ -152,7 +143,7 @@ def _write_weights(
         constant(graph, f"{name}.weight_zero_point{of_run}", np.zeros(scales.shape, np.int8)),
     ]
     attributes = {} if axis is None else {"axis": axis}
-    made.append(_node("DequantizeLinear", values, f"{name}.weight{run}.dequantize", attributes))
+    made.append(new_node("DequantizeLinear", values, f"{name}.weight{run}.dequantize", attributes))
     replace(graph, turned or node, made)
     if turned is not None:
         graph.remove(node, safe=True)
@@ -176,31 +167,11 @@ def _small_codes(
 
     stored = constant(graph, stored_as, ir.tensor(codes.astype(ml_dtypes.int4)))
     if factor == 1:
-        widened = _node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT8})
+        widened = new_node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT8})
         return [widened], widened.outputs[0]
     # Engines have no product of 8-bit integers; of constants they compute this one when they load.
-    widened = _node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT32})
+    widened = new_node("Cast", [stored], f"{name}.widen", {"to": ir.DataType.INT32})
     by = constant(graph, f"{stored_as}_factor", np.array(factor, np.int32))
-    shifted = _node("Mul", [widened.outputs[0], by], f"{name}.shift")
-    narrow = _node("Cast", shifted.outputs, f"{name}.narrow", {"to": ir.DataType.INT8})
+    shifted = new_node("Mul", [widened.outputs[0], by], f"{name}.shift")
+    narrow = new_node("Cast", shifted.outputs, f"{name}.narrow", {"to": ir.DataType.INT8})
     return [widened, shifted, narrow], narrow.outputs[0]
-
-
-def _turned(node: ir.Node) -> ir.Node | None:
-    """The transposition that is all that reads weights: codes are stored as it leaves them."""
-    uses = list(node.outputs[0].uses())
-    reader = uses[0].node if len(uses) == 1 else None
-    if reader is None or reader.op_type != "Transpose":
-        return None
-    return reader if reader.attributes["perm"].as_ints() == [1, 0] else None
-
-
-def _node(
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    name: str,
-    attributes: dict[str, Any] | None = None,
-) -> ir.Node:
-    import onnx_ir as ir
-
-    return ir.node(op_type, inputs, attributes, name=name)

@@ -12,7 +12,8 @@ import numpy as np
 from torch import nn
 
 from limpq_ext.export.engines import OnnxRuntime
-from limpq_ext.export.onnx_graph import constant, input_arrays, serialized
+from limpq_ext.export.onnx_graph import constant, serialized
+from limpq_ext.export.tracing import input_arrays
 from limpq_ext.training.batches import Batches
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from limpq_ext.export.codes import LayerCodes, layer_codes
+from limpq_ext.export.codes import ZERO, LayerCodes, layer_codes
 from limpq_ext.export.engines import OnnxRuntime, make_engine
-from limpq_ext.export.onnx_graph import input_arrays
-from limpq_ext.export.qcdq import CODES, ZERO, codes_in
+from limpq_ext.export.qcdq import CODES, codes_in
+from limpq_ext.export.tracing import input_arrays
 from limpq_ext.nn.attention import copied
 from limpq_ext.nn.inputs import call, moved
 from limpq_ext.nn.network import quantized_layers
