@@ -71,8 +71,9 @@ def with_powers_of_two(network):
             quantizer.scale.copy_(quantizer.scale.log2().round().exp2())
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.0
-            module.running_var.copy_(module.running_var.log2().div(2).round().mul(2).exp2())
+            module.eps = 2.0**-16
+            variance = module.running_var.log2().div(2).round().mul(2).exp2()
+            module.running_var.copy_(variance.clamp(min=2.0**-14) - module.eps)
             module.running_mean.copy_(module.running_mean.mul(8).round().div(8))
             module.weight.copy_(module.weight.log2().round().exp2())
         if isinstance(getattr(module, "bias", None), torch.Tensor):
