@@ -16,8 +16,10 @@ from .data.datasets import DataOptions as DataOptions
 from .data.datasets import load_data as load_data
 from .data.loading import Data as Data
 from .data.loading import make_loader as make_loader
-from .export.onnx_files import ExportedFile as ExportedFile
-from .export.onnx_files import export_onnx as export_onnx
+from .export.files import ExportedFile as ExportedFile
+from .export.files import export_onnx as export_onnx
+from .export.files import export_program as export_program
+from .export.files import export_qonnx as export_qonnx
 from .export.packed import load as load
 from .export.packed import save as save
 from .export.verify import Verification as Verification

@@ -35,6 +35,7 @@ from limpq_ext.app.stages import (
     INDICATORS,
     JOINT_WEIGHTS,
     LOCK,
+    PACKED,
     POLICY,
     REFINED,
     SCAN,
@@ -47,6 +48,7 @@ from limpq_ext.app.stages import (
 )
 from limpq_ext.app.trainings import finetune_policy, train_float, train_indicators
 from limpq_ext.data.loading import Data
+from limpq_ext.export.packed import save
 from limpq_ext.nn.named import is_published
 from limpq_ext.scores.check import ScoreCheck
 from limpq_ext.training.distributed import from_main, gather
@@ -142,24 +144,27 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
         stage("refine", work.refine_policy, [*checking, part["refine"]], [*asked, POLICY])
         reporter.say(_refined_in_words(work.policy))
     stage("finetune", work.tune_policy, tuning, [*start, policy])
-    exported = False
+    exporting = [("pack", PACKED, work.pack_policy, quantized)]
     if recipe.export.wanted:
-        exporting = [*quantized, images, part["export"]]
+        depends = [*quantized, images, part["export"]]
+        exporting.append(("export", EXPORTED, work.export_policy, depends))
+    files = []
+    for name, file, do, depends in exporting:
         try:
-            stage("export", work.export_policy, exporting, [FINETUNED, policy])
+            stage(name, do, depends, [FINETUNED, policy])
         except _NotExportedError as reason:
-            reporter.say(f"export: left out: {reason}")
+            reporter.say(f"{name}: left out: {reason}")
         else:
-            exported = True
+            files.append(file)
     stage("baseline", work.tune_uniform, [*tuning, part["baseline"]], [*start, COSTS])
     with stages.stage("evaluate", [], always=True) as own:
-        results = tuple(work.evaluate(own, checked, exported=exported))
+        results = tuple(work.evaluate(own, checked, files))
     warnings = () if checked is None or recipe.refine.wanted else checked.warnings()
     return RunReport(results, stages.seconds, tuple(stages.reused), folder, warnings)
 
 
 class _NotExportedError(Exception):
-    """Why there is no file of a network that was not explicitly asked for."""
+    """Why there is no file of a network; a run that does not insist on it goes on without."""
 
 
 class _NotCheckedError(Exception):
@@ -281,6 +286,18 @@ class _Work:
         model = self._tuned(self.policy, "fine-tuning the policy", stage)
         stage.write(FINETUNED, partial(self.session.save, model))
 
+    def pack_policy(self, stage: Stage) -> None:
+        model = self.session.network(self.folder / FINETUNED, self.policy)
+        name = self.session.recipe.model.name
+
+        def pack(path: Path) -> None:
+            save(model, path, policy=self.policy, name=name, overwrite=True)
+
+        try:
+            stage.write(PACKED, pack)
+        except ValueError as error:
+            raise _NotExportedError(str(error)) from error
+
     def export_policy(self, stage: Stage) -> None:
         options = self.session.recipe.export
         model = self.session.network(self.folder / FINETUNED, self.policy)
@@ -295,6 +312,7 @@ class _Work:
                 images=options.images,
                 engines=options.engines,
                 threads=options.threads,
+                overwrite=True,
             )
             for own in made.verified:
                 self.reporter.say(f"export: {own}")
@@ -327,15 +345,15 @@ class _Work:
             )
 
     def evaluate(
-        self, stage: Stage, checked: ScoreCheck | None, *, exported: bool
+        self, stage: Stage, checked: ScoreCheck | None, files: Sequence[str]
     ) -> Iterator[Result]:
         stage.journal.start()
         untrained = {} if checked is None else self._untrained(checked)
         float_network = self.session.network(self.folder / FLOAT_WEIGHTS, None)
-        for name, policy, weights in (
-            ("float", None, FLOAT_WEIGHTS),
-            ("policy", self.policy, FINETUNED),
-            ("uniform", self.uniform, UNIFORM_FINETUNED),
+        for name, policy, weights, file in (
+            ("float", None, FLOAT_WEIGHTS, FLOAT_WEIGHTS),
+            ("policy", self.policy, FINETUNED, PACKED),
+            ("uniform", self.uniform, UNIFORM_FINETUNED, None),
         ):
             with self.reporter.stage(f"evaluating {name}") as on_step:
                 model = self.session.network(self.folder / weights, policy)
@@ -349,9 +367,14 @@ class _Work:
                 del numbers["counts"]
             stage.journal.write(numbers)
             yield result_of(
-                name, evaluation.accuracy, self.costs, policy, untrained=untrained.get(name)
+                name,
+                evaluation.accuracy,
+                self.costs,
+                policy,
+                untrained=untrained.get(name),
+                file_bytes=self._size_of(file) if file in (FLOAT_WEIGHTS, *files) else None,
             )
-            if name == "policy" and exported:
+            if name == "policy" and EXPORTED in files:
                 yield self._evaluated_file(stage)
 
     def _evaluated_file(self, stage: Stage) -> Result:
@@ -360,8 +383,11 @@ class _Work:
         with self.reporter.stage(f"evaluating {EXPORTED}") as on_step:
             accuracy = accuracy_of_file(self.session, path, threads=threads, on_step=on_step)
         stage.journal.write({"network": EXPORTED, "accuracy": accuracy})
-        size = from_main(lambda: path.stat().st_size)
+        size = self._size_of(EXPORTED)
         return result_of(EXPORTED, accuracy, self.costs, self.policy, file_bytes=size)
+
+    def _size_of(self, file: str) -> int:
+        return from_main(lambda: (self.folder / file).stat().st_size)
 
     def _untrained(self, checked: ScoreCheck) -> dict[str, float]:
         """What the policies that are tuned lose before that, as far as it was measured."""

@@ -35,6 +35,7 @@ POLICY: Final = "policy.json"
 CHECK: Final = "check.json"
 REFINED: Final = "refined.json"
 FINETUNED: Final = "finetuned.safetensors"
+PACKED: Final = "policy.safetensors"
 EXPORTED: Final = "policy.onnx"
 UNIFORM_POLICY: Final = "uniform.json"
 UNIFORM_FINETUNED: Final = "uniform.safetensors"
@@ -55,6 +56,7 @@ OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "check": (CHECK,),
     "refine": (REFINED,),
     "finetune": (FINETUNED,),
+    "pack": (PACKED,),
     "export": (EXPORTED,),
     "baseline": (UNIFORM_POLICY, UNIFORM_FINETUNED),
     "evaluate": (),

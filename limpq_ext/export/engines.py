@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -122,6 +123,34 @@ class OpenVino:
         """The graph's outputs by name, for its inputs by name."""
         found = self._model(dict(feeds))
         return {name: found[name] for name in self.outputs}
+
+
+class Qonnx:
+    """A QONNX model in the executor of qonnx, node by node.
+
+    Args:
+        model: The bytes of a QONNX file.
+
+    Raises:
+        ImportError: qonnx is not installed.
+    """
+
+    name = "qonnx"
+    integer_kernels = 0
+
+    def __init__(self, model: bytes) -> None:
+        wrapper = require("qonnx.core.modelwrapper", "qonnx").ModelWrapper
+        self._execute = require("qonnx.core.onnx_exec", "qonnx").execute_onnx
+        shapes = require("qonnx.transformation.infer_shapes", "qonnx").InferShapes
+        self.version = metadata.version("qonnx")
+        self._model = wrapper(require("onnx", "export").load_from_string(model)).transform(shapes())
+        self.inputs = [value.name for value in self._model.graph.input]
+        self.outputs = [value.name for value in self._model.graph.output]
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """The graph's outputs by name, for its inputs by name."""
+        found: dict[str, np.ndarray[Any, Any]] = self._execute(self._model, dict(feeds))
+        return found
 
 
 ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {

@@ -8,7 +8,7 @@ seldom.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,6 +32,9 @@ MOST_DIFFERING: Final = 1e-3
 MOST_UNSHIFTED: Final = 1e-2
 """The same where engines round biases to whole products of codes that were not shifted."""
 
+LEAST_AGREEING: Final = 0.9
+"""The share of samples that have the network's class where codes are not compared."""
+
 GIVEN: Final = ".given"
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +46,7 @@ class Verification:
 
     Attributes:
         engine: Its name and version; "onnxruntime, unoptimized" computes node by node.
-        layers: How many times a layer runs in a forward.
+        layers: How many times a layer runs in a forward; 0 where codes were not looked at.
         integer_kernels: How many of these the engine multiplies in integers.
         differing: The share of codes that differ.
         worst: The layer into which most of these come, as a share; None where none differs.
@@ -73,6 +76,8 @@ class Verification:
         timed = ""
         if self.seconds is not None and self.float_seconds is not None:
             timed = f", {1e3 * self.seconds:.3f} ms, {1e3 * self.float_seconds:.3f} in float32"
+        if not self.layers:
+            return f"{self.engine}: {self.agreement:.2%} equal classes on {self.samples} samples"
         return (
             f"{self.engine}: {self.integer_kernels} of {self.layers} layers in integers,"
             f" {self.differing:.1e} of the codes differ, {self.agreement:.2%} equal classes on"
@@ -166,6 +171,38 @@ def verify_onnx(
         max(largest.values()),
         **counts.shares(),
     )
+
+
+def verify_outputs(
+    engine: str, run: Callable[[Any], Array], network: nn.Module, batches: Batches
+) -> Verification:
+    """Compare the classes of what runs a file with the network's.
+
+    Args:
+        engine: Its name and version.
+        run: The output for the inputs of a batch.
+        network: The quantized network that the file was made of; it is left as it is.
+        batches: Some batches of inputs and targets.
+
+    Raises:
+        ValueError: There are no batches, or more than one in ten samples has another class.
+    """
+    counts = _Counts()
+    network = copied(network).cpu().float().eval()
+    for inputs, target in moved(list(batches), torch.device("cpu")):
+        with torch.no_grad():
+            output = call(network, inputs)
+        first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        counts.add(run(inputs), first.numpy(), target)
+    if not counts.samples:
+        raise ValueError("there are no batches to verify the file with")
+    found = Verification(engine, 0, 0, 0.0, None, 0, **counts.shares())
+    if found.agreement < LEAST_AGREEING:
+        raise ValueError(
+            f"{engine} does not compute what it should: it gives {found.agreement:.1%} of the"
+            f" samples the network's class, {LEAST_AGREEING:.0%} are the least"
+        )
+    return found
 
 
 class _Counts:

@@ -5,9 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+import limpq_ext as lq
 from limpq_ext.app import exporting
+from limpq_ext.app.recipe import load_recipe
+from limpq_ext.app.session import Session
+from limpq_ext.data.loading import make_loader
+from limpq_ext.values.costs import Costs
 from limpq_ext.values.policy import Policy
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -60,7 +66,52 @@ def test_a_run_ends_with_a_file_that_does_as_well(finished, limpq, tmp_path):
     assert f" {size / 1e3:.1f} " in row
     code, said, _ = run(limpq, tmp_path)
     assert code == 0
-    assert "export: nothing it depends on has changed, reused" in said
+    for stage in ("pack", "export"):
+        assert f"{stage}: nothing it depends on has changed, reused" in said
+
+
+def test_a_run_keeps_the_network_as_one_packed_file(finished, tmp_path):
+    folder, said = finished
+    costs, policy = Costs.load(folder / "costs.json"), Policy.load(folder / "policy.json")
+    session = Session(load_recipe(tmp_path / "small.yaml"))
+    restored = lq.load(folder / "policy.safetensors", session.create_model()).eval()
+    network = session.network(folder / "finetuned.safetensors", policy).eval()
+    x = next(iter(make_loader(session.data.test, batch_size=64, train=False)))[0]
+    with torch.no_grad():
+        assert torch.equal(restored(x), network(x))
+    size = (folder / "policy.safetensors").stat().st_size
+    assert size < (folder / "float.safetensors").stat().st_size
+    assert size > costs.size_bits(policy.bits()) / 8
+    row = next(line for line in said.splitlines() if "│ policy " in line)
+    assert f" {size / 1e3:.1f} " in row
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt2", "a.qonnx"])
+def test_other_formats_are_told_by_the_name_and_verified(name, finished, limpq, tmp_path):
+    if name.endswith(".qonnx"):
+        pytest.importorskip("qonnx", reason="the extra qonnx is not installed")
+    folder, _ = finished
+    given = ("--weights", folder / "finetuned.safetensors", "--policy", folder / "policy.json")
+    command = ("export", tmp_path / "small.yaml", *given, "--out", tmp_path / name)
+    code, said, error = limpq(*command, "--images", "32")
+    assert code == 0, error
+    assert "32 images" in said
+    assert "100.00" in said
+    code, _, error = limpq(*command)
+    assert "exists" in error
+    code, _, error = limpq(*command[:-1], tmp_path / "a.bin")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "tells no format, expected one of onnx, safetensors, qonnx, pt2, aoti" in error
+
+
+def test_weights_of_many_bits_leave_files_out(limpq, tmp_path):
+    code, said, error = run(
+        limpq, tmp_path, "--set", "bits=[9, 10]", "--set", "search.bitops=w10a10"
+    )
+    assert code == 0, error
+    assert "pack: left out: " in said
+    assert "export: left out: ONNX holds at most 8 bits" in said
+    assert list(numbers_of(tmp_path / "out")) == ["float", "policy", "uniform"]
 
 
 def test_the_command_writes_the_same_file(finished, limpq, tmp_path):
@@ -117,7 +168,6 @@ def test_what_does_not_compute_the_same_ends_no_run_unasked(limpq, tmp_path, mon
 
 def test_the_accuracy_is_of_all_test_images(monkeypatch, tmp_path):
     from limpq_ext.app.recipe import Recipe
-    from limpq_ext.app.session import Session
 
     class Constant:
         inputs = ("x",)

@@ -35,7 +35,7 @@ SMALL = {
     "export": {"onnx": False},
     "finetune": {"epochs": 1, "lr": 0.02, "batch_size": 256},
 }
-STAGES = ("float", "indicators", "profile", "search", "check", "finetune", "baseline")
+STAGES = ("float", "indicators", "profile", "search", "check", "finetune", "pack", "baseline")
 NET = """
 from torch import nn
 

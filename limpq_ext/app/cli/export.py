@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from limpq_ext.app.cli.arguments import (
     AllowCodeOption,
@@ -15,11 +15,12 @@ from limpq_ext.app.cli.arguments import (
     SetOption,
 )
 from limpq_ext.app.cli.inputs import one_recipe, read_recipe
-from limpq_ext.app.cli.output import check_outputs, make_reporter, print_table, say, write
+from limpq_ext.app.cli.output import check_outputs, make_reporter, print_table, say
 from limpq_ext.values.optional import require
 
 if TYPE_CHECKING:
-    from limpq_ext.export.onnx_files import ExportedFile
+    from limpq_ext.app.exporting import Format
+    from limpq_ext.export.files import ExportedFile
 
 typer = require("typer", "cli")
 
@@ -34,6 +35,15 @@ def export(
     recipe_option: RecipeOption = None,
     data: DataOption = None,
     set_: SetOption = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="onnx|safetensors|qonnx|pt2|aoti",
+            help="What to write.",
+            show_default="by the name of the file",
+        ),
+    ] = None,
     calibrate: CalibrateOption = None,
     shift: Annotated[
         bool,
@@ -57,10 +67,12 @@ def export(
     force: ForceOption = False,
     allow_code: AllowCodeOption = False,
 ) -> None:
-    """Write a quantized network as an ONNX file that engines run in integers.
+    """Write a quantized network as a file to deploy.
 
-    The file is verified layer by layer with images of the recipe, and timed beside the same network
-    in float32. With --calibrate: --weights are the float model's; it is quantized, not trained.
+    onnx is for engines that compute in integers, verified layer by layer with images of the recipe
+    and timed beside the same network in float32; safetensors is packed, the smallest, for lq.load;
+    qonnx for FINN and hls4ml; pt2 for torch.export, aoti the same, compiled for this processor.
+    With --calibrate: --weights are the float model's; it is quantized, not trained.
     """
     from limpq_ext.app.exporting import export_network
     from limpq_ext.app.session import Session
@@ -68,9 +80,11 @@ def export(
     from limpq_ext.export.engines import check_engine
     from limpq_ext.values.policy import Policy
 
+    form = _format(format_, out)
     engines = list(dict.fromkeys(engine or ["onnxruntime"]))
-    for name in engines:
-        check_engine(name)
+    if form == "onnx" and verify:
+        for name in engines:
+            check_engine(name)
     check_outputs({"--out": out}, force)
     chosen = Policy.load(policy)
     given = read_recipe(one_recipe(recipe, recipe_option), set_, allow_code=allow_code, data=data)
@@ -79,27 +93,34 @@ def export(
         model = session.network(weights, chosen)
     else:
         model = calibrated_network(session, weights, chosen, calibrate)
-    made: list[ExportedFile] = []
     with make_reporter().stage("exporting"):
-
-        def save(path: Path) -> None:
-            made.append(
-                export_network(
-                    session,
-                    model,
-                    path,
-                    shift=shift,
-                    residual_bits=residual_bits,
-                    images=images if verify else 0,
-                    engines=engines,
-                    threads=threads,
-                )
-            )
-
-        write(out, force, save)
-    print_exported(made[0], out)
+        made = export_network(
+            session,
+            model,
+            out,
+            form,
+            shift=shift,
+            residual_bits=residual_bits,
+            images=images if verify else 0,
+            engines=engines,
+            threads=threads,
+            policy=chosen,
+            overwrite=force,
+        )
+    print_exported(made, out)
     if residual_bits is not None:
         say("what enters additions has 8 bits: this is not the network that was trained")
+
+
+def _format(name: str | None, out: Path) -> Format:
+    """The format that is asked for, or that the name of the file says."""
+    from limpq_ext.app.exporting import FORMATS
+
+    asked = out.suffix.removeprefix(".") if name is None else name
+    if asked not in FORMATS:
+        what = f"--format is '{name}'" if name is not None else f"'{out}' tells no format"
+        raise ValueError(f"{what}, expected one of {', '.join(FORMATS)}")
+    return cast("Format", asked)
 
 
 def print_exported(made: ExportedFile, path: Path) -> None:
@@ -108,8 +129,8 @@ def print_exported(made: ExportedFile, path: Path) -> None:
     rows = [
         (
             own.engine,
-            f"{own.integer_kernels} of {own.layers}",
-            f"{own.differing:.1e}",
+            f"{own.integer_kernels} of {own.layers}" if own.layers else "",
+            f"{own.differing:.1e}" if own.layers else "",
             "" if own.accuracy is None else f"{100 * own.accuracy:.2f}",
             "" if own.network_accuracy is None else f"{100 * own.network_accuracy:.2f}",
             f"{100 * own.agreement:.2f}",

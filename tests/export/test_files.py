@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import limpq_ext as lq
-from limpq_ext.export import onnx_files
+from limpq_ext.export import files
 from limpq_ext.export.verify import Verification
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -73,7 +73,7 @@ def test_what_computes_something_else_is_not_written(
 ):
     told = {"layers": 5, "integer_kernels": 0, "worst": "a", "largest": 1, "agreement": 1.0}
     wrong = Verification(engine="onnxruntime 1", samples=16, **{**told, **found})
-    monkeypatch.setattr(onnx_files, "verify_onnx", lambda *_, **__: wrong)
+    monkeypatch.setattr(files, "verify_onnx", lambda *_, **__: wrong)
     model, batches = network
     with pytest.raises(
         ValueError, match=f"onnxruntime 1 does not compute what it should.*{message}"
@@ -175,7 +175,7 @@ def test_the_float_file_is_the_network_without_quantizers(network):
     from limpq_ext.export.engines import OnnxRuntime
 
     model, batches = network
-    file = onnx_files.float_onnx(model, batches[0][0][:1])
+    file = files.float_onnx(model, batches[0][0][:1])
     ops = collections.Counter(node.op_type for node in onnx.load_from_string(file).graph.node)
     assert not ops.keys() & {"QuantizeLinear", "DequantizeLinear"}
     float_model, _ = deployed.float_network("depthwise")

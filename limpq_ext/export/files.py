@@ -1,32 +1,39 @@
-"""ONNX files of quantized networks, verified before they are written."""
+"""Files of quantized networks in the formats that others run, verified before they are written."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from limpq_ext.export.codes import float_bytes, layer_codes
-from limpq_ext.export.engines import make_engine
+from limpq_ext.export.engines import Qonnx, make_engine
 from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
+from limpq_ext.export.program import aot_package, exported_program
 from limpq_ext.export.qcdq import forget_types, qcdq_model
+from limpq_ext.export.qonnx import qonnx_model
 from limpq_ext.export.residual import quantize_additions
 from limpq_ext.export.timing import seconds_in_turn
-from limpq_ext.export.tracing import input_arrays
+from limpq_ext.export.tracing import exporting, input_arrays
 from limpq_ext.export.verify import (
     MOST_DIFFERING,
     MOST_UNSHIFTED,
     Verification,
     verify_onnx,
+    verify_outputs,
 )
-from limpq_ext.nn.inputs import Inputs
+from limpq_ext.nn.inputs import Inputs, call
 from limpq_ext.training.batches import Batches
-from limpq_ext.values.files import open_atomically
+from limpq_ext.values.files import open_atomically, refuse_existing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -107,7 +114,8 @@ def export_onnx(
         OSError: The file cannot be written.
         ImportError: What comes with the extra ``export`` is not installed.
     """
-    target = checked_target(path, overwrite=overwrite)
+    if not overwrite:
+        refuse_existing(path)
     if residual_bits not in (None, 8):
         raise ValueError(f"residual_bits is {residual_bits}, expected 8 or None")
     if residual_bits is not None and calibration is None:
@@ -142,9 +150,112 @@ def export_onnx(
                 _timed(found, name, files, inputs, threads)
                 for found, name in zip(verified[1:], engines, strict=True)
             ]
-    with open_atomically(target) as out:
-        out.write(file)
-    return ExportedFile(target, len(file), float_bytes(model), tuple(verified))
+    return _kept(path, file, model, verified, overwrite=overwrite)
+
+
+def export_qonnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Inputs,
+    *,
+    verify: Batches | None = None,
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Write a quantized network as a QONNX file, for FINN and hls4ml.
+
+    Inputs and weights have Quant nodes, at 2 to 16 bits, weights are in float32, and normalisation
+    stays as it is. The batch is one sample.
+
+    Args:
+        model: Of :func:`limpq_ext.apply_policy`, calibrated or trained; it is left as it is.
+        path: The file to write.
+        example_input: What the model's forward takes.
+        verify: Some batches of inputs and targets. With them the file is written only if qonnx,
+            which has to be installed, gives nine in ten of the samples the network's class.
+        overwrite: Whether a file that exists is replaced.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        ValueError: As in `export_onnx`.
+        OSError: The file cannot be written.
+        ImportError: What comes with the extra ``export``, or with ``qonnx``, is not installed.
+    """
+    if not overwrite:
+        refuse_existing(path)
+    file = serialized(qonnx_model(model, example_input))
+    verified = []
+    if verify is not None:
+        engine = Qonnx(file)
+        names = engine.inputs
+
+        def run(inputs: Inputs) -> Any:
+            values = input_arrays(model, inputs)
+            samples = [
+                engine.run({n: v[i : i + 1] for n, v in zip(names, values, strict=True)})
+                for i in range(len(values[0]))
+            ]
+            return np.concatenate([next(iter(own.values())) for own in samples])
+
+        verified.append(verify_outputs(f"{engine.name} {engine.version}", run, model, verify))
+    return _kept(path, file, model, verified, overwrite=overwrite)
+
+
+def export_program(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Inputs,
+    *,
+    verify: Batches | None = None,
+    package: bool = False,
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Write a quantized network as a program of torch.export, or compiled by AOTInductor.
+
+    Args:
+        model: Of :func:`limpq_ext.apply_policy`, calibrated or trained, at 2 to 8 bits; it is left
+            as it is.
+        path: The file to write, with ".pt2" at its end. ``torch.export.load`` reads it after
+            ``torch.ao.quantization.fx._decomposed`` was imported, which has its operators.
+        example_input: What the model's forward takes; its first axis becomes the batch.
+        verify: Some batches of inputs and targets. With them the file is written only if what was
+            read back gives nine in ten of the samples the network's class.
+        package: Compile it for processors like this one; ``torch._inductor.aoti_load_package``
+            loads that. It takes a C++ compiler.
+        overwrite: Whether a file that exists is replaced.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        ValueError: As in `export_onnx`; the path has another ending, or there is no compiler.
+        OSError: The file cannot be written.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"'{path}' is no name for a program of torch.export: it ends in .pt2")
+    if not overwrite:
+        refuse_existing(path)
+    program = exported_program(model, example_input)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "program.pt2"
+        if package:
+            with exporting(model):
+                aot_package(program, made)
+        else:
+            torch.export.save(program, made)
+        verified = []
+        if verify is not None:
+            loaded: Any
+            if package:
+                loaded, engine = torch._inductor.aoti_load_package(str(made)), "AOTInductor"
+            else:
+                loaded, engine = torch.export.load(made).module(), "torch.export"
+
+            def run(inputs: Inputs) -> Any:
+                with torch.no_grad():
+                    output = call(loaded, inputs)
+                return next(v for v in tree_leaves(output) if isinstance(v, Tensor)).numpy()
+
+            name = f"{engine} {torch.__version__}"
+            verified.append(verify_outputs(name, run, model, verify))
+        return _kept(path, made.read_bytes(), model, verified, overwrite=overwrite)
 
 
 def float_onnx(model: nn.Module, example_input: Inputs) -> bytes:
@@ -163,6 +274,19 @@ def float_onnx(model: nn.Module, example_input: Inputs) -> bytes:
     return serialized(made)
 
 
+def _kept(
+    path: str | os.PathLike[str],
+    file: bytes,
+    model: nn.Module,
+    verified: Sequence[Verification],
+    *,
+    overwrite: bool,
+) -> ExportedFile:
+    with open_atomically(path, overwrite=overwrite) as out:
+        out.write(file)
+    return ExportedFile(Path(path), len(file), float_bytes(model), tuple(verified))
+
+
 def _written(made: ir.Model) -> bytes:
     """A file of a model, which keeps the types that say more than the file has to."""
     brief = made.clone()
@@ -177,15 +301,3 @@ def _timed(
     first = dict(zip(loaded[0].inputs, (value[:1] for value in inputs), strict=True))
     seconds = seconds_in_turn(loaded, first)
     return replace(found, seconds=seconds[0], float_seconds=seconds[1])
-
-
-def checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The path of a file to be written.
-
-    Raises:
-        FileExistsError: There is one already that may not be replaced.
-    """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: give another name, or overwrite=True")
-    return target
