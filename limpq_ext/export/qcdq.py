@@ -13,6 +13,7 @@ have one, on which the form of the nodes depends:
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -34,6 +35,8 @@ from limpq_ext.export.residual import RESIDUAL_CODES
 from limpq_ext.nn.inputs import Inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
 CODES: Final = "input_codes"
@@ -41,6 +44,9 @@ CODES: Final = "input_codes"
 
 _SMALL: Final = 4
 """Bits that fit into ONNX's 4-bit integers."""
+
+_PRODUCTS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MOVES: Final = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")
 
 
 def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -> ir.Model:
@@ -59,15 +65,29 @@ def qcdq_model(model: nn.Module, example_input: Inputs, *, shift: bool = True) -
     layers = layer_codes(model)
     check_widths(layers, 8, "ONNX")
     made = onnx_graph(model, example_input)
+    write_codes(made, layers, shift=shift)
+    return made
+
+
+def write_codes(made: ir.Model, layers: Mapping[str, LayerCodes], *, shift: bool = True) -> None:
+    """Write the quantizers of a graph, and name what multiplies by their weights after the layers.
+
+    Args:
+        made: Of `onnx_graph`; it becomes that of `qcdq_model`.
+        layers: Its layers in integers, at most 8 bits.
+        shift: As in `qcdq_model`.
+    """
     graph = made.graph
     folded = fold_batch_norms(graph, layers)
+    weights: dict[ir.Node, str] = {}
     for node, kind, name, run in quantizers(graph):
         if kind == INPUT:
             _write_input(graph, node, layers[name], run)
         else:
-            _write_weights(graph, node, layers[name], run, folded.get(node), shift)
+            written = _write_weights(graph, node, layers[name], run, folded.get(node), shift)
+            weights[written] = name
+    _name_products(graph, weights)
     finish(made)
-    return made
 
 
 def codes_in(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -120,7 +140,7 @@ def _write_weights(
     run: str,
     folded: Folded | None,
     shift: bool,
-) -> None:
+) -> ir.Node:
     grid, name = layer.weight_range, layer.name
     codes, scale, axis = layer.weights.numpy(), grid.scale.double().numpy(), grid.axis
     if folded is not None:
@@ -147,6 +167,32 @@ def _write_weights(
     replace(graph, turned or node, made)
     if turned is not None:
         graph.remove(node, safe=True)
+    return made[-1]
+
+
+def _name_products(graph: ir.Graph, weights: Mapping[ir.Node, str]) -> None:
+    """Call what multiplies by a layer's weights "LAYER", "LAYER.2" in its second run."""
+    runs: Counter[str] = Counter()
+    for node in graph:
+        if node.domain or node.op_type not in _PRODUCTS:
+            continue
+        for value in node.inputs:
+            source = None if value is None else value.producer()
+            while source is not None and source.op_type in _MOVES and source.inputs[0] is not None:
+                source = source.inputs[0].producer()
+            if source is not None and source in weights:
+                name = weights[source]
+                runs[name] += 1
+                run = "" if runs[name] == 1 else f".{runs[name]}"
+                node.name = f"{name}{run}"
+                reader = _only_reader(node)
+                if node.op_type == "MatMul" and reader is not None and reader.op_type == "Add":
+                    reader.name = f"{name}.add_bias{run}"
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 else None
 
 
 def _factor(layer: LayerCodes) -> int:

@@ -160,3 +160,19 @@ def test_openvino_computes_the_same_in_integers(chain):
     assert found.largest <= 1
     assert found.differing <= 1e-3
     assert found.integer_kernels >= 4
+
+
+@pytest.mark.parametrize("name", deployed.MADE)
+def test_what_multiplies_is_called_after_its_layer(name):
+    model, batches = deployed.quantized(name)
+    graph = qcdq_model(model, batches[0][0][:1]).graph
+    products = [
+        node.name
+        for node in graph
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        and not node.name.startswith("node_")
+    ]
+    runs_twice = ["block.0.2"] if name == "shared" else []
+    assert sorted(products) == sorted([*lq.quantized_layers(model), *runs_twice])
+    names = [node.name for node in graph]
+    assert len(set(names)) == len(names)
