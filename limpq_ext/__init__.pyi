@@ -20,6 +20,7 @@ from .export.files import ExportedFile as ExportedFile
 from .export.files import export_onnx as export_onnx
 from .export.files import export_program as export_program
 from .export.files import export_qonnx as export_qonnx
+from .export.latency import measure_latency as measure_latency
 from .export.packed import load as load
 from .export.packed import save as save
 from .export.verify import Verification as Verification

@@ -57,6 +57,8 @@ class OnnxRuntime:
         threads: How many it computes with.
         optimized: Whether it may put kernels of its own in the place of nodes; without, it computes
             node by node what the file says.
+        profile: A folder for its profile, which says how long each node of each run took; None:
+            there is none.
 
     Raises:
         ValueError: The engine refuses the model: its first reason.
@@ -65,12 +67,22 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
-    def __init__(self, model: bytes, *, threads: int = 1, optimized: bool = True) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        threads: int = 1,
+        optimized: bool = True,
+        profile: Path | None = None,
+    ) -> None:
         engine = require("onnxruntime", "export")
         self.version: str = engine.__version__
         options = engine.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "run")
         level = engine.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
@@ -91,6 +103,10 @@ class OnnxRuntime:
         """The graph's outputs by name, for its inputs by name."""
         return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
 
+    def end_profile(self) -> Path:
+        """Write the profile of the runs so far, and no more of it."""
+        return Path(self._session.end_profiling())
+
 
 class OpenVino:
     """A model in OpenVINO on a CPU, which computes in float32 what it does not in integers.
@@ -98,6 +114,7 @@ class OpenVino:
     Args:
         model: The bytes of an ONNX file.
         threads: How many it computes with.
+        counters: Whether it counts how long each node takes.
 
     Raises:
         ValueError: The engine refuses the model: its first reason.
@@ -106,23 +123,40 @@ class OpenVino:
 
     name = "openvino"
 
-    def __init__(self, model: bytes, *, threads: int = 1) -> None:
+    def __init__(self, model: bytes, *, threads: int = 1, counters: bool = False) -> None:
         engine = require("openvino", "openvino")
         self.version: str = engine.__version__.split("-")[0]
         core = engine.Core()
-        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        config = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERF_COUNT": counters,
+        }
         self._model = _loaded(
             lambda: core.compile_model(core.read_model(model), "CPU", config), self.name
         )
         self.inputs = [value.get_any_name() for value in self._model.inputs]
         self.outputs = [value.get_any_name() for value in self._model.outputs]
+        self._request = self._model.create_infer_request()
         ops = self._model.get_runtime_model().get_ordered_ops()
         self.integer_kernels = sum(_is_integer(op.get_rt_info()) for op in ops)
+        self._fused = {
+            op.get_friendly_name(): op.get_rt_info()["originalLayersNames"].astype(str).split(",")
+            for op in ops
+        }
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs by name, for its inputs by name."""
-        found = self._model(dict(feeds))
+        found = self._request.infer(dict(feeds), share_inputs=True)
         return {name: found[name] for name in self.outputs}
+
+    def counters(self) -> list[tuple[tuple[str, ...], float]]:
+        """Of each node in the last run its name, those of what it is fused from, and seconds."""
+        return [
+            ((own.node_name, *self._fused.get(own.node_name, ())), own.real_time.total_seconds())
+            for own in self._request.profiling_info
+            if own.real_time
+        ]
 
 
 class Qonnx:
