@@ -93,14 +93,16 @@ def measure_latency(
     The whole network is run at each pair of the bits (all layers alike) and the times of its nodes
     come from inside the engine: onnxruntime's profile, OpenVINO's performance counters; layers of
     the same network measured alone do not add up to it. The networks run in turn, round by round,
-    each twice, the first time for its caches alone; all are loaded anew three times. Medians are
-    taken over rounds and then over loads. Pairs of a layer that differ by less than the noise get
-    one value, see :func:`limpq_ext.export.pooling.pool`: many processors take as long for 2 bits
-    as for 8.
+    each twice, the first time for its caches alone; all are loaded anew three times. A layer takes
+    what it does in its fastest round, since all else on the machine only adds to it; a whole
+    network the median of its rounds. Pairs of a layer that differ by less than the noise get one
+    value, see :func:`limpq_ext.export.pooling.pool`: many processors take as long for 2 bits as for
+    8.
 
-    What belongs to no layer (additions, pooling, what the engine does between nodes) is the same
-    for every policy here and not in the table. ``meta["unattributed"]`` has it: a limit on the
-    whole network is that plus the ``latency`` that the search is given.
+    What belongs to no layer (additions, pooling, what the engine does between nodes, what else runs
+    on the machine) is the same for every policy here and not in the table.
+    ``meta["unattributed"]`` has it: a limit on the whole network is that plus the ``latency`` that
+    the search is given. All networks are in memory at once, those of pairs twice.
 
     With "torch" it is the fake-quantized network in PyTorch on the CPU that is measured, which
     computes in float and quantizes all weights in each forward: what evaluation costs, not what
@@ -123,7 +125,7 @@ def measure_latency(
         Seconds per sample of searchable layers at all pairs and of the fixed layers at their bits.
         ``meta`` says on which processor, with which engine, threads and batch it was measured, what
         is unattributed, which pairs have one value (``groups``), what was measured before that
-        (``measured``: median, lowest and highest of the loads) and, of five random mixed policies,
+        (``measured``: lowest, median and highest of the loads) and, of five random mixed policies,
         which time is predicted (the sum of the entries, and what is unattributed) and which was
         measured in the same rounds. ``meta["notes"]`` says it in sentences.
 
@@ -232,13 +234,13 @@ def loader(
 
 @dataclass
 class _Found:
-    """Medians over the rounds of each load, in seconds per sample.
+    """What each load gave, in seconds per sample.
 
     Attributes:
         samples: How many a forward has.
-        layers: Of each pair and layer.
-        whole: Of each pair, the whole network.
-        mixed: Of each mixed policy, the whole network.
+        layers: Of each pair and layer, in the fastest round.
+        whole: Of each pair, the median of the whole network.
+        mixed: Of each mixed policy, the same.
     """
 
     samples: int
@@ -255,7 +257,7 @@ def _run(
     found: _Found,
     on_round: Callable[[int], None],
 ) -> None:
-    """Load all networks, run them in turn, and add the medians to what was found."""
+    """Load all networks, run them in turn, and add their times to what was found."""
     inside = {pair: load(bits, True) for pair, bits in uniform.items()}
     whole = {pair: load(bits, False) for pair, bits in uniform.items()}
     policies = [load(bits, False) for bits in mixed]
@@ -273,7 +275,7 @@ def _run(
         times = found.layers.setdefault(pair, {name: [] for name in names})
         runs = [_by_layer(nodes, names) for nodes in inside[pair].nodes()[1::2]]
         for name, own in times.items():
-            own.append(statistics.median(run[name] for run in runs) / found.samples)
+            own.append(min(run[name] for run in runs) / found.samples)
     for place, median in enumerate(medians[len(uniform) :]):
         found.mixed.setdefault(place, []).append(median)
     del inside, whole, policies, networks
@@ -305,13 +307,13 @@ def _table(
     for name in searchable:
         seconds |= {(name, pair): _whole_ns(value) for pair, value in pooled[name].seconds.items()}
     for name in fixed:
-        of_all = [value for own in found.layers.values() for value in own[name]]
-        seconds[name, fixed_pair] = _whole_ns(statistics.median(of_all))
+        fastest = [min(own[name]) for own in found.layers.values()]
+        seconds[name, fixed_pair] = _whole_ns(statistics.median(fastest))
     whole = statistics.median(value for own in found.whole.values() for value in own)
+    of_fixed = sum(seconds[name, fixed_pair] for name in fixed)
     rest = statistics.median(
-        value - sum(own[load] for own in found.layers[pair].values())
-        for pair, values in found.whole.items()
-        for load, value in enumerate(values)
+        statistics.median(own) - sum(seconds[name, pair] for name in searchable) - of_fixed
+        for pair, own in found.whole.items()
     )
     predictions: list[dict[str, Any]] = []
     for place, bits in enumerate(mixed):

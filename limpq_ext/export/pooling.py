@@ -11,10 +11,10 @@ Pair = tuple[int, int]
 """Weight bits and activation bits."""
 
 Times = Mapping[Pair, Sequence[float]]
-"""Of one layer the median seconds in each load of the networks, by pair, loads in one order."""
+"""Of one layer the seconds in each load of the networks, by pair, loads in one order."""
 
-DEVIATIONS: Final = 3.0
-"""The least difference that is no noise, in standard deviations of what one load gives."""
+SCATTERS: Final = 3.0
+"""The least difference that is no noise, in scatters of what is compared."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Pooled:
     Attributes:
         groups: Pairs that have one value, from the fastest to the slowest group.
         seconds: The value of each pair.
-        noise: The least difference, in seconds, that counts.
+        noise: The least difference, in seconds, that can count.
     """
 
     groups: tuple[tuple[Pair, ...], ...]
@@ -35,12 +35,12 @@ class Pooled:
 def pool(layers: Mapping[str, Times], tick: float = 0.0) -> dict[str, Pooled]:
     """Give one value to the pairs of bits of a layer that differ by less than the noise.
 
-    A pair's time is the median over the loads. What the loads of a pair scatter, once what a load
-    does to all pairs alike is taken off, has a standard deviation; `DEVIATIONS` of it are noise,
-    and never less than those of a typical layer in proportion to its time, or than a tick of the
-    engine's clock. In the order of their times, pairs are in one group as long as each is no
-    farther from the one before; the group's value is the mean. So no two values of a layer differ
-    by less than the noise.
+    A pair takes what it does in its fastest load, since all else on a machine only adds to it; its
+    scatter is what the second fastest load takes more. Two pairs differ by less than the noise
+    where that is `SCATTERS` times the largest of their own scatters, the median scatter of the
+    layer's pairs, and that of a typical layer in proportion to its time; or one tick of the
+    engine's clock, if that is more. Pairs that do, also by way of others, are a group, and the
+    median of their times is its value.
 
     Args:
         layers: Of each layer the times of the same pairs in the same number of loads.
@@ -49,45 +49,43 @@ def pool(layers: Mapping[str, Times], tick: float = 0.0) -> dict[str, Pooled]:
     Returns:
         The values by layer.
     """
-    deviations = {name: _deviation(times) for name, times in layers.items()}
-    levels = {
-        name: statistics.fmean(statistics.median(own) for own in times.values())
-        for name, times in layers.items()
+    scatters = {
+        name: {pair: _scatter(own) for pair, own in times.items()} for name, times in layers.items()
     }
-    shares = [deviations[name] / levels[name] for name in layers if levels[name] > 0]
+    levels = {name: statistics.median(map(min, times.values())) for name, times in layers.items()}
+    usual = {name: statistics.median(own.values()) for name, own in scatters.items()}
+    shares = [usual[name] / levels[name] for name in layers if levels[name] > 0]
     typical = statistics.median(shares) if shares else 0.0
     return {
-        name: _pooled(times, max(DEVIATIONS * max(deviations[name], typical * levels[name]), tick))
+        name: _pooled(
+            times,
+            scatters[name],
+            max(SCATTERS * max(usual[name], typical * levels[name]), tick),
+        )
         for name, times in layers.items()
     }
 
 
-def _deviation(times: Times) -> float:
-    """The standard deviation of a load's times of a layer's pairs, without what all share."""
-    pairs, loads = len(times), min(map(len, times.values()))
-    if pairs < 2 or loads < 2:
-        return 0.0
-    of_pair = {pair: statistics.fmean(own) for pair, own in times.items()}
-    of_load = [statistics.fmean(own[load] for own in times.values()) for load in range(loads)]
-    mean = statistics.fmean(of_load)
-    squares = [
-        (own[load] - of_pair[pair] - of_load[load] + mean) ** 2
-        for pair, own in times.items()
-        for load in range(loads)
-    ]
-    return (sum(squares) / ((pairs - 1) * (loads - 1))) ** 0.5
+def _scatter(times: Sequence[float]) -> float:
+    """How far the second fastest load is from the fastest."""
+    fastest = sorted(times)[:2]
+    return fastest[-1] - fastest[0]
 
 
-def _pooled(times: Times, noise: float) -> Pooled:
-    medians = {pair: statistics.median(own) for pair, own in times.items()}
+def _pooled(times: Times, scatters: Mapping[Pair, float], noise: float) -> Pooled:
+    fastest = {pair: min(own) for pair, own in times.items()}
     groups: list[list[Pair]] = []
-    for pair in sorted(medians, key=lambda pair: (medians[pair], pair)):
-        if groups and medians[pair] - medians[groups[-1][-1]] <= noise:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
+    for pair in sorted(fastest, key=lambda pair: (fastest[pair], pair)):
+        own = [pair]
+        while groups and any(
+            fastest[pair] - fastest[other]
+            <= max(noise, SCATTERS * scatters[pair], SCATTERS * scatters[other])
+            for other in groups[-1]
+        ):
+            own = [*groups.pop(), *own]
+        groups.append(own)
     seconds: dict[Pair, float] = {}
     for group in groups:
-        value = statistics.fmean(medians[pair] for pair in group)
+        value = statistics.median(fastest[pair] for pair in group)
         seconds |= dict.fromkeys(group, value)
     return Pooled(tuple(tuple(sorted(group)) for group in groups), seconds, noise)

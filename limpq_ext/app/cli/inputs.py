@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from limpq_ext.app.recipe import Recipe
     from limpq_ext.values.costs import Costs
     from limpq_ext.values.indicators import Indicators
@@ -112,10 +116,75 @@ def count_costs(
         from limpq_ext.app.session import Session
 
         return Session(read_recipe(recipe, allow_code=allow_code)).profile()
+    size = _check_named(model, input_size)
+    return count(create_shapes(model), torch.zeros(1, *size, device="meta"))
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """A network with random weights, to be timed.
+
+    Attributes:
+        model: The float model.
+        example: A batch of noise.
+        costs: Its costs.
+        bits: The candidate bits where nobody gives others.
+    """
+
+    model: nn.Module
+    example: torch.Tensor
+    costs: Costs
+    bits: Sequence[int]
+
+
+def network_to_measure(
+    recipe: str | None,
+    model: str | None,
+    input_size: tuple[int, int, int] | None,
+    assignments: Sequence[str] | None,
+    *,
+    batch: int,
+    allow_code: bool,
+) -> MeasuredNetwork:
+    """A recipe's network, or a model by its name and an image's shape.
+
+    Raises:
+        ValueError: Both are given, or an input is wrong.
+    """
+    import torch
+
+    if model is not None and (recipe is not None or assignments):
+        raise ValueError("--model and a recipe both say which network: give one")
+    if model is None:
+        from limpq_ext.app.session import Session
+
+        given = read_recipe(recipe, assignments, allow_code=allow_code)
+        session = Session(given)
+        shape = session.example_input().shape[1:]
+        example = _noise(batch, *shape)
+        return MeasuredNetwork(session.create_model(), example, session.profile(), given.bits)
+    from limpq_ext.app.models import create_model
+    from limpq_ext.graph.profile import profile
+
+    size = _check_named(model, input_size)
+    torch.manual_seed(0)
+    made = create_model(model).eval()
+    example = _noise(batch, *size)
+    return MeasuredNetwork(made, example, profile(made, example), (4, 8))
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _check_named(model: str, input_size: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The shape of an image, if it is one; a module of one's own is found here."""
     if input_size is None:
         raise ValueError("--input-size is missing: --model needs the shape of an image")
     if min(input_size) < 1:
         raise ValueError(f"--input-size is {input_size}, expected positive numbers")
     if ":" in model:
         find_modules_here()
-    return count(create_shapes(model), torch.zeros(1, *input_size, device="meta"))
+    return input_size

@@ -12,6 +12,7 @@ from limpq_ext.app.cli.export import export
 from limpq_ext.app.cli.finetune import finetune
 from limpq_ext.app.cli.indicators import indicators
 from limpq_ext.app.cli.info import info
+from limpq_ext.app.cli.measure import measure
 from limpq_ext.app.cli.output import is_first, say
 from limpq_ext.app.cli.profile import profile
 from limpq_ext.app.cli.run import recipes, run
@@ -40,6 +41,7 @@ for command in (
     scores,
     check_scores,
     profile,
+    measure,
     search,
     pareto,
     finetune,
