@@ -10,6 +10,8 @@ from .allocation.infeasible import InfeasibleError as InfeasibleError
 from .allocation.pareto import Curve as Curve
 from .allocation.pareto import pareto as pareto
 from .allocation.search import search as search
+from .allocation.target import Target as Target
+from .allocation.target import load_target as load_target
 from .conversion.apply import apply_policy as apply_policy
 from .conversion.prepare import prepare as prepare
 from .data.datasets import DataOptions as DataOptions

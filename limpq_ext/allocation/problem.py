@@ -50,6 +50,7 @@ from limpq_ext.allocation.restrictions import (
     make_restrictions,
     tied_inputs,
 )
+from limpq_ext.allocation.target import Target
 from limpq_ext.ilp.program import Program
 from limpq_ext.ilp.quadratic import QuadraticProgram
 from limpq_ext.ilp.rows import Link, Row, Solution
@@ -86,6 +87,7 @@ class Question(TypedDict, total=False):
     min_bits: Mapping[str, int | Pair] | None
     weight_bits: int | None
     activation_bits: int | None
+    target: Target | None
     alpha: Number
     normalise: bool
     non_monotone: Rule
@@ -391,6 +393,7 @@ def make_problem(
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    target: Target | None = None,
     alpha: Number = 1.0,
     normalise: bool = False,
     non_monotone: Rule = "forbid",
@@ -429,6 +432,7 @@ def make_problem(
         min_bits=min_bits,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        target=target,
     )
     given = given_bits(costs, fixed, weight_bits, activation_bits)
     widths = {*indicators.bits, *(b for both in given.values() for side in both for b in side)}

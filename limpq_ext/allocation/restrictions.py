@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limpq_ext.allocation.measures import Pair
+from limpq_ext.allocation.target import Target
 from limpq_ext.ilp.rows import Link
 from limpq_ext.values.bits import check_bits
 from limpq_ext.values.costs import Costs
@@ -70,6 +71,7 @@ def make_restrictions(
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    target: Target | None = None,
 ) -> tuple[Restriction, ...]:
     """Check what a user asked for, as `search` takes it.
 
@@ -83,6 +85,7 @@ def make_restrictions(
         min_bits: Fewest bits of layers.
         weight_bits: Bits of all weights that are not fixed.
         activation_bits: Bits of all activations that are not fixed.
+        target: What the policy is to run on.
 
     Returns:
         The restrictions, one for each entry.
@@ -139,7 +142,21 @@ def make_restrictions(
         raise TypeError(f"tie_shared_inputs must be True or False, got {tie_shared_inputs!r}")
     if tie_shared_inputs:
         found.append(tied_inputs(costs, "tie_shared_inputs"))
+    if target is not None:
+        found += _of_target(costs, target)
     return tuple(found)
+
+
+def _of_target(costs: Costs, target: Target) -> list[Restriction]:
+    """The pairs of bits that a target has kernels for, and its ties."""
+    if not isinstance(target, Target):
+        raise TypeError(f"target must be a Target, of load_target, got {target!r}")
+    name = f"target {target.name!r}"
+    layers = frozenset(layer.name for layer in costs.layers)
+    found: list[Restriction] = [Limited(name, layers, frozenset(target.pairs).__contains__)]
+    if target.tie_shared_inputs:
+        found.append(tied_inputs(costs, f"shared inputs, for {name}"))
+    return found
 
 
 def tied_inputs(costs: Costs, name: str) -> Tied:

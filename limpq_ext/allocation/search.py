@@ -20,6 +20,7 @@ from limpq_ext.allocation.budgets import (
 from limpq_ext.allocation.infeasible import InfeasibleError, why_infeasible
 from limpq_ext.allocation.measures import Pair
 from limpq_ext.allocation.problem import make_problem
+from limpq_ext.allocation.target import Target
 from limpq_ext.ilp.rows import NoSolutionError
 from limpq_ext.values.costs import Costs
 from limpq_ext.values.indicators import Indicators, Rule
@@ -59,6 +60,7 @@ def search(
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    target: Target | None = None,
     alpha: Number = 1.0,
     normalise: bool = False,
     non_monotone: Rule = "forbid",
@@ -109,6 +111,8 @@ def search(
         weight_bits: Bits of the weights of all layers that ``fixed`` does not name, so that only
             activations are searched; they may be any, as in ``fixed``.
         activation_bits: The same for activations, so that only weights are searched.
+        target: What the policy is to run on, of :func:`limpq_ext.load_target`: searchable layers
+            have pairs of bits that it has kernels for, and it may tie shared inputs.
         alpha: Weight of the weight indicators against the activation indicators.
         normalise: Search with `Indicators.normalised` instead of LIMPQ's plain sum.
         non_monotone: What to do with indicators that do not fall as bits grow, see
@@ -172,6 +176,7 @@ def search(
         min_bits=min_bits,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        target=target,
         alpha=alpha,
         normalise=normalise,
         non_monotone=non_monotone,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 from limpq_ext.allocation.budgets import BUDGETS, UniformLevel, parse_budget
+from limpq_ext.allocation.target import load_target
 from limpq_ext.data.datasets import DataOptions
 from limpq_ext.data.glyphs import CLASSES
 from limpq_ext.data.sources import canonical_name
@@ -351,6 +352,9 @@ class SearchSection(_Budgets):
     """
 
     latency_table: str | None = Field(None, description="file (.json, .csv)")
+    target: str | None = Field(
+        None, description="onnxruntime, openvino, tensorrt, finn or a file (.yaml)"
+    )
     alpha: float = 1.0
     normalise: bool = Field(False, description="normalised indicators instead of the plain sum")
     non_monotone: Literal["forbid", "isotonic", "keep"] = "forbid"
@@ -378,10 +382,10 @@ class SearchSection(_Budgets):
         return self.bitops is not None and "bitops" not in self.model_fields_set
 
     def question(self) -> Question:
-        """The same as `search` takes it; reads the latency table and the interactions.
+        """The same as `search` takes it; reads latency table, target and interactions.
 
         Raises:
-            OSError: The latency table or the interactions cannot be read.
+            OSError: One of these files cannot be read.
             FileFormatError: They are not what they should be.
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
@@ -393,6 +397,8 @@ class SearchSection(_Budgets):
                 given[name] = parse_budget(name, given[name])
         if self.latency_table is not None:
             given["latency_table"] = LatencyTable.load(self.latency_table)
+        if self.target is not None:
+            given["target"] = load_target(self.target)
         if self.interactions is not None:
             given["interactions"] = Interactions.load(self.interactions)
         return given  # type: ignore[return-value]  # the fields are those of Question

@@ -13,6 +13,7 @@ from torch import nn
 
 from limpq_ext.allocation.budgets import in_words
 from limpq_ext.allocation.search import search
+from limpq_ext.allocation.target import shipped_targets
 from limpq_ext.app.check import check
 from limpq_ext.app.exporting import accuracy_of_file, export_network
 from limpq_ext.app.locks import only_one
@@ -96,7 +97,9 @@ def _run(recipe: Recipe, folder: Path, stages: Stages, reporter: Reporter) -> Ru
     # What the stages depend on: parts of the recipe, and files beside those of the run.
     weights = recipe.model.weights
     given = [] if weights is None or is_published(weights) else [str(Path(weights).resolve())]
-    read = (recipe.search.latency_table, recipe.search.interactions)
+    target = recipe.search.target
+    own_target = None if target in shipped_targets() else target
+    read = (recipe.search.latency_table, own_target, recipe.search.interactions)
     measured = [str(Path(path).resolve()) for path in read if path is not None]
     training = part["float_training"] if weights is None else None
     quantized = [common, part["quantization"]]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from limpq_ext.allocation.budgets import BUDGETS, find_budget, parse_budget
+from limpq_ext.allocation.target import load_target
 from limpq_ext.values.interactions import Interactions
 from limpq_ext.values.latency import LatencyTable
 from limpq_ext.values.optional import require
@@ -40,6 +41,13 @@ class Question:
         typer.Option(
             metavar="FILE.yaml",
             help="Restrictions by layer or pattern: pairs, fixed, tied, min_bits, ...",
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.yaml",
+            help="Only what it has kernels for: onnxruntime, openvino, tensorrt, finn or a file.",
         ),
     ] = None
     tie_shared_inputs: Annotated[
@@ -107,6 +115,7 @@ class Question:
             asked[name] = None if text is None else parse_budget(name, text)
         table = self.latency_table
         asked["latency_table"] = None if table is None else LatencyTable.load(table)
+        asked["target"] = None if self.target is None else load_target(self.target)
         pairwise = self.interactions
         asked["interactions"] = None if pairwise is None else Interactions.load(pairwise)
         return asked
