@@ -121,9 +121,29 @@ def test_mixed_policies_are_predicted_and_measured(fake, costs):
         entries = float(sum(by_layer[(name, *pair)] for name, pair in bits.items()))
         assert own["predicted"] == pytest.approx(entries + table.meta["unattributed"]["seconds"])
         assert own["error"] == pytest.approx(own["predicted"] / own["measured"] - 1)
+        assert own["fastest"] == {key: pytest.approx(own[key]) for key in own["fastest"]}
     errors = [abs(own["error"]) for own in told]
     assert table.meta["median_error"] == statistics.median(errors)
     assert max(errors) < 0.005
+
+
+def test_other_work_on_the_machine_is_told_from_what_no_layer_takes(fake, costs, monkeypatch):
+    whole = Fake.run
+
+    def run_beside_others(self):
+        seconds = whole(self)
+        return seconds if self.runs == 6 else seconds + 100 * MICRO
+
+    quiet = measured(costs).meta
+    monkeypatch.setattr(Fake, "run", run_beside_others)
+    busy = measured(costs).meta
+    assert busy["unattributed"]["fastest"] == pytest.approx(quiet["unattributed"]["fastest"])
+    assert busy["unattributed"]["seconds"] - quiet["unattributed"]["seconds"] == pytest.approx(
+        50 * MICRO
+    )
+    assert "other work on this machine" in busy["notes"][-1]
+    assert not any("other work" in note for note in quiet["notes"])
+    assert max(abs(own["fastest"]["error"]) for own in busy["predictions"]) < 0.005
 
 
 def test_a_layer_that_waits_for_another_one_makes_the_error(fake, costs, monkeypatch):
@@ -181,7 +201,7 @@ def test_layers_that_add_up_to_more_than_the_network_are_told(fake, costs, monke
     monkeypatch.setattr(Fake, "rest", -40.0)
     table = measured(costs)
     assert table.meta["unattributed"]["seconds"] < 0
-    assert "longer than the whole network" in table.meta["notes"][-1]
+    assert "longer together than the whole network" in table.meta["notes"][-1]
 
 
 @pytest.mark.parametrize(
