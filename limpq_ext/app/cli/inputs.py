@@ -163,8 +163,8 @@ def network_to_measure(
         shape = session.example_input().shape[1:]
         example = _noise(batch, *shape)
         return MeasuredNetwork(session.create_model(), example, session.profile(), given.bits)
-    from limpq_ext.nn.named import create_model
     from limpq_ext.graph.profile import profile
+    from limpq_ext.nn.named import create_model
 
     size = _check_named(model, input_size)
     torch.manual_seed(0)
