@@ -2,6 +2,8 @@
 
 import collections
 import itertools
+import subprocess
+import sys
 
 import deployed
 import numpy as np
@@ -176,3 +178,107 @@ def test_what_multiplies_is_called_after_its_layer(name):
     assert sorted(products) == sorted([*lq.quantized_layers(model), *runs_twice])
     names = [node.name for node in graph]
     assert len(set(names)) == len(names)
+
+
+def _to_int4_at_once(proto):
+    """4-bit weights go into DequantizeLinear as they are."""
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    small = {v.name for v in proto.graph.initializer if v.data_type == onnx.TensorProto.INT4}
+    for node in proto.graph.node:
+        source = node.input[0]
+        while node.op_type == "DequantizeLinear" and source in made_by and source not in small:
+            source = made_by[source].input[0]
+        if node.op_type == "DequantizeLinear" and source in small:
+            node.input[0] = source
+            node.input[2] = _constant(proto, f"{source}_zero", 0, node.input[2])
+    return proto
+
+
+def _constant(proto, name, value, like):
+    """A 4-bit zero point of the shape of another."""
+    shape = next(v.dims for v in proto.graph.initializer if v.name == like)
+    count = int(np.prod(shape, dtype=np.int64))
+    raw = bytes(-(-count // 2))
+    made = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, shape, raw, raw=True)
+    proto.graph.initializer.append(made)
+    return name
+
+
+def _clip_in_float(proto):
+    """The cut to the range of the bits comes before the quantization."""
+    constants = {v.name: onnx.numpy_helper.to_array(v) for v in proto.graph.initializer}
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    for node in list(proto.graph.node):
+        if node.op_type != "Clip":
+            continue
+        before = made_by[node.input[0]]
+        scale, zero = (constants[name] for name in before.input[1:])
+        ends = []
+        for end in node.input[1:]:
+            value = (constants[end].astype(np.float32) - np.float32(zero)) * scale
+            made = onnx.numpy_helper.from_array(value.astype(np.float32), f"{end}_float")
+            proto.graph.initializer.append(made)
+            ends.append(made.name)
+        source, codes = before.input[0], node.output[0]
+        node.input[:] = [source, *ends]
+        node.output[0] = f"{source}_cut_{codes}"
+        before.input[0], before.output[0] = node.output[0], codes
+        place = list(proto.graph.node).index(before)
+        proto.graph.node.remove(node)
+        proto.graph.node.insert(place, node)
+    return proto
+
+
+def _signed_codes(proto):
+    """What comes in has codes from -128 to 127."""
+    for value in proto.graph.initializer:
+        if value.name.endswith(("input_zero_point", "input_min", "input_max")):
+            codes = onnx.numpy_helper.to_array(value).astype(np.int16) - 128
+            value.CopyFrom(onnx.numpy_helper.from_array(codes.astype(np.int8), value.name))
+    for value in proto.graph.value_info:
+        if value.name.endswith("input_codes"):
+            value.type.tensor_type.elem_type = onnx.TensorProto.INT8
+    return proto
+
+
+@pytest.mark.parametrize("change", [_to_int4_at_once, _clip_in_float, _signed_codes])
+def test_other_forms_that_mean_the_same_stay_in_float(change, chain):
+    """Why the file has the form that it has: engines fuse no other."""
+    from limpq_ext.export.engines import OnnxRuntime
+
+    model, batches = chain
+    proto = written(model, batches[0][0][:1], shift=False)
+    x = {"x": batches[0][0].numpy()}
+    whole = OnnxRuntime(proto.SerializeToString())
+    exact = OnnxRuntime(proto.SerializeToString(), optimized=False).run(x)
+    changed = change(proto).SerializeToString()
+    same = OnnxRuntime(changed, optimized=False).run(x)
+    for name, value in exact.items():
+        assert same[name] == pytest.approx(value, abs=1e-4)
+    assert OnnxRuntime(changed).integer_kernels < whole.integer_kernels
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_run_the_file_by_themselves(engine, chain, tmp_path):
+    pytest.importorskip(engine, reason=f"the extra for {engine} is not installed")
+    model, batches = chain
+    (tmp_path / "a.onnx").write_bytes(written(model, batches[0][0][:1]).SerializeToString())
+    np.save(tmp_path / "x.npy", batches[0][0].numpy())
+    script = """
+import sys
+for module in ("limpq_ext", "torch"):
+    sys.modules[module] = None
+import numpy as np
+x = np.load("x.npy")
+if sys.argv[1] == "onnxruntime":
+    import onnxruntime
+    y = onnxruntime.InferenceSession("a.onnx").run(None, {"x": x})[0]
+else:
+    import openvino
+    y = next(iter(openvino.Core().compile_model("a.onnx", "CPU")(x).values()))
+np.save("y.npy", y)
+"""
+    subprocess.run([sys.executable, "-c", script, engine], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        expected = model(batches[0][0]).numpy()
+    assert (np.load(tmp_path / "y.npy").argmax(1) == expected.argmax(1)).mean() >= 7 / 8
