@@ -84,6 +84,7 @@ class Question(TypedDict, total=False):
     fixed: Mapping[str, Pair] | None
     tied: str | Iterable[str | Iterable[str]]
     tie_shared_inputs: bool
+    tie_added_inputs: bool
     min_bits: Mapping[str, int | Pair] | None
     weight_bits: int | None
     activation_bits: int | None
@@ -136,7 +137,8 @@ class Problem:
         Tensors are quantized once, so the activation memory has one bit-width for each.
         """
         if any(budget.name == "activation_memory" for budget in self.budgets):
-            inputs = tied_inputs(self.costs, "shared inputs, for activation_memory")
+            shared = self.costs.shared_inputs
+            inputs = tied_inputs(self.costs, shared, "shared inputs, for activation_memory")
             return (*self.restrictions, inputs)
         return self.restrictions
 
@@ -390,6 +392,7 @@ def make_problem(
     fixed: Mapping[str, Pair] | None = None,
     tied: str | Iterable[str | Iterable[str]] = (),
     tie_shared_inputs: bool = False,
+    tie_added_inputs: bool = False,
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
@@ -429,6 +432,7 @@ def make_problem(
         fixed=fixed,
         tied=tied,
         tie_shared_inputs=tie_shared_inputs,
+        tie_added_inputs=tie_added_inputs,
         min_bits=min_bits,
         weight_bits=weight_bits,
         activation_bits=activation_bits,

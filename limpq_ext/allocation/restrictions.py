@@ -68,6 +68,7 @@ def make_restrictions(
     fixed: Mapping[str, Pair] | None = None,
     tied: str | Iterable[str | Iterable[str]] = (),
     tie_shared_inputs: bool = False,
+    tie_added_inputs: bool = False,
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
@@ -82,6 +83,7 @@ def make_restrictions(
         fixed: Layers with given bits.
         tied: Layers with equal bits.
         tie_shared_inputs: Whether layers that read the same tensor have equal activation bits.
+        tie_added_inputs: Whether those do that read the operands of one addition, or its sum.
         min_bits: Fewest bits of layers.
         weight_bits: Bits of all weights that are not fixed.
         activation_bits: Bits of all activations that are not fixed.
@@ -138,10 +140,14 @@ def make_restrictions(
             raise ValueError(f"{name}: is one layer, {min(layers, default='none')!r}: name two")
         ordered = tuple(layer.name for layer in costs.layers if layer.name in layers)
         found.append(Tied(name, (ordered,), False, (None,)))
-    if not isinstance(tie_shared_inputs, bool):
-        raise TypeError(f"tie_shared_inputs must be True or False, got {tie_shared_inputs!r}")
-    if tie_shared_inputs:
-        found.append(tied_inputs(costs, "tie_shared_inputs"))
+    for name, tie, groups in (
+        ("tie_shared_inputs", tie_shared_inputs, costs.shared_inputs),
+        ("tie_added_inputs", tie_added_inputs, costs.added_inputs),
+    ):
+        if not isinstance(tie, bool):
+            raise TypeError(f"{name} must be True or False, got {tie!r}")
+        if tie:
+            found.append(tied_inputs(costs, groups, name))
     if target is not None:
         found += _of_target(costs, target)
     return tuple(found)
@@ -155,18 +161,20 @@ def _of_target(costs: Costs, target: Target) -> list[Restriction]:
     layers = frozenset(layer.name for layer in costs.layers)
     found: list[Restriction] = [Limited(name, layers, frozenset(target.pairs).__contains__)]
     if target.tie_shared_inputs:
-        found.append(tied_inputs(costs, f"shared inputs, for {name}"))
+        found.append(tied_inputs(costs, costs.shared_inputs, f"shared inputs, for {name}"))
+    if target.tie_added_inputs:
+        found.append(tied_inputs(costs, costs.added_inputs, f"added inputs, for {name}"))
     return found
 
 
-def tied_inputs(costs: Costs, name: str) -> Tied:
-    """The activation bits of layers that read one tensor agree, with those of fixed layers too."""
+def tied_inputs(costs: Costs, groups: Iterable[tuple[str, ...]], name: str) -> Tied:
+    """The activation bits of the layers of a group agree, with those of fixed layers too."""
     searchable = {layer.name for layer in costs.layers}
-    groups = merged(costs.shared_inputs)
-    fixed = [[name for name in group if name not in searchable] for group in groups]
+    joined = merged(groups)
+    fixed = [[name for name in group if name not in searchable] for group in joined]
     return Tied(
         name,
-        tuple(tuple(name for name in group if name in searchable) for group in groups),
+        tuple(tuple(name for name in group if name in searchable) for group in joined),
         True,
         tuple((costs.fixed_bits, names[0]) if names else None for names in fixed),
     )

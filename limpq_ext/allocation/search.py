@@ -57,6 +57,7 @@ def search(
     fixed: Mapping[str, Pair] | None = None,
     tied: str | Iterable[str | Iterable[str]] = (),
     tie_shared_inputs: bool = False,
+    tie_added_inputs: bool = False,
     min_bits: Mapping[str, int | Pair] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
@@ -107,6 +108,8 @@ def search(
         tied: Groups of layers with equal bits, each a pattern or a list of patterns.
         tie_shared_inputs: Whether layers that read one and the same tensor have equal activation
             bits, so that it is quantized once.
+        tie_added_inputs: Whether layers that read the operands of one addition, or what it puts
+            out, have equal activation bits, for hardware that adds one type.
         min_bits: For patterns of layers the fewest bits, or (weight bits, activation bits).
         weight_bits: Bits of the weights of all layers that ``fixed`` does not name, so that only
             activations are searched; they may be any, as in ``fixed``.
@@ -173,6 +176,7 @@ def search(
         fixed=fixed,
         tied=tied,
         tie_shared_inputs=tie_shared_inputs,
+        tie_added_inputs=tie_added_inputs,
         min_bits=min_bits,
         weight_bits=weight_bits,
         activation_bits=activation_bits,

@@ -6,6 +6,7 @@ A target is a YAML file: those of the package in ``targets/``, or a user's own::
     source: manual, section 3        # optional
     pairs: [[4, 8], [8, 8]]          # or weight_bits: [4, 8] and activation_bits: [8], all pairs
     tie_shared_inputs: true          # optional: layers that read one tensor, equal activation bits
+    tie_added_inputs: true           # optional: likewise the operands and the sum of one addition
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Target:
         name: Its name, in errors.
         pairs: The (weight bits, activation bits) that it has kernels for.
         tie_shared_inputs: Whether layers that read one tensor have equal activation bits.
+        tie_added_inputs: Whether those do that read the operands of one addition, or its sum.
         description: What it is.
         source: Where that is documented.
 
@@ -52,6 +54,7 @@ class Target:
     name: str
     pairs: tuple[Pair, ...]
     tie_shared_inputs: bool = False
+    tie_added_inputs: bool = False
     description: str = ""
     source: str = ""
 
@@ -114,6 +117,7 @@ def load_target(source: str | os.PathLike[str]) -> Target:
             Path(name).stem,
             written.all_pairs(),
             written.tie_shared_inputs,
+            written.tie_added_inputs,
             written.description,
             written.source,
         )
@@ -129,6 +133,7 @@ class _Written(Strict):
     weight_bits: tuple[int, ...] | None = None
     activation_bits: tuple[int, ...] | None = None
     tie_shared_inputs: bool = False
+    tie_added_inputs: bool = False
 
     def all_pairs(self) -> tuple[Pair, ...]:
         """The pairs, however they are written."""

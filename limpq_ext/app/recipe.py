@@ -327,6 +327,9 @@ class RestrictionsSection(_Section):
     tie_shared_inputs: bool = Field(
         False, description="equal activation bits where layers read the same tensor"
     )
+    tie_added_inputs: bool = Field(
+        False, description="equal activation bits where layers read operands or sum of an addition"
+    )
     min_bits: dict[str, _Bits | _Pair] | None = Field(
         None, description="fewest bits: 4, [4, 8] or w4a8"
     )

@@ -42,6 +42,8 @@ class Kind(Enum):
     """Maxima of the values: a new tensor, whose quantized values are maxima of quantized ones."""
     ELEMENTWISE = auto()
     """Computes new values, in place where it can."""
+    SUM = auto()
+    """The same, of several tensors that are added."""
     COMPUTE = auto()
     """Computes new values from many, not in place."""
 
@@ -121,10 +123,23 @@ class Flow:
         groups = dict.fromkeys(tuple(group) for group in readers.values() if len(group) > 1)
         return tuple(groups)
 
+    def added_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of layers that read the operands of one addition, or what it puts out."""
+        _, additions = self._followed()
+        readers = [dict.fromkeys(tensor.reader() for tensor in added) for added in additions]
+        groups = [tuple(name for name in own if name is not None) for own in readers]
+        return tuple(dict.fromkeys(group for group in groups if len(group) > 1))
+
     def tensors(self) -> tuple[LiveTensor, ...]:
         """The tensors that are held between the layers, in the order in which they appear."""
+        tensors, _ = self._followed()
+        return tuple(LiveTensor(t.elements, t.reader(), t.first, t.last) for t in tensors)
+
+    def _followed(self) -> tuple[list[_Tensor], list[tuple[_Tensor, ...]]]:
+        """All tensors, and those of each addition: its operands and what it puts out."""
         last_use = self._last_uses()
         tensors: list[_Tensor] = []
+        additions: list[tuple[_Tensor, ...]] = []
         parts: dict[int, tuple[_Tensor, ...]] = {}
 
         def new(value: int, moment: int) -> _Tensor:
@@ -160,7 +175,7 @@ class Flow:
                     and last_use[value] == place
                     and self._elements[value] == self._elements[call.output]
                 ]
-                if call.kind is Kind.ELEMENTWISE and ending:
+                if call.kind in (Kind.ELEMENTWISE, Kind.SUM) and ending:
                     latest = max(ending, key=lambda value: max(t.first for t in parts[value]))
                     parts[call.output] = parts[latest]
                 else:
@@ -168,10 +183,12 @@ class Flow:
                     if call.kind is Kind.MAXIMUM:
                         for tensor in read:
                             tensor.maxima.append(made)
+                if call.kind is Kind.SUM and len(read) > 1:
+                    additions.append((*read, *parts[call.output]))
         for value in self._outputs:
             for tensor in parts.get(value, ()):
                 tensor.last = max(0, calls_done - 1)
-        return tuple(LiveTensor(t.elements, t.reader(), t.first, t.last) for t in tensors)
+        return tensors, additions
 
     def _new(self, elements: int) -> int:
         self._elements.append(elements)

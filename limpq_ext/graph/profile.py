@@ -51,6 +51,7 @@ def profile(
             "input_shapes": [list(value.shape[1:]) for value in inputs if hasattr(value, "shape")],
         },
         shared_inputs=found.shared_inputs,
+        added_inputs=found.added_inputs,
         tensors=found.tensors,
         parameters=found.parameters,
         float_parameters=found.float_parameters,

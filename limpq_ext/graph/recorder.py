@@ -52,6 +52,7 @@ _MOVES = {
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad", "repeat"),
     *("repeat_interleave", "unfold", "__getitem__", "index_select", "gather", "take_along_dim"),
 }
+_SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
 class Recorder(TorchFunctionMode):
@@ -179,6 +180,8 @@ class Recorder(TorchFunctionMode):
                 kind = Kind.MAXIMUM
             elif func in _PRODUCTS or "pool" in name or name == "scaled_dot_product_attention":
                 kind = Kind.COMPUTE
+            elif name in _SUMS:
+                kind = Kind.SUM
             else:
                 kind = Kind.ELEMENTWISE
             value = self.flow.add_call(kind, read, tensor.numel())

@@ -35,6 +35,7 @@ class Trace:
         norm_sources: For each batch normalisation, the layer whose output reaches it last.
         unused: Quantizable layers that did not run.
         shared_inputs: Groups of layers that read one and the same tensor.
+        added_inputs: Groups of layers that read the operands of one addition, or its sum.
         tensors: What is held between the layers; liveness.py has the rules.
         parameters: Elements of all parameters, each counted once.
         float_parameters: Elements of those that are no weight of these layers, or of another
@@ -45,6 +46,7 @@ class Trace:
     norm_sources: dict[str, str]
     unused: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
+    added_inputs: tuple[tuple[str, ...], ...]
     tensors: tuple[LiveTensor, ...]
     parameters: int
     float_parameters: int
@@ -117,6 +119,7 @@ def trace(
         norm_sources=recorder.norm_sources,
         unused=recorder.unused(),
         shared_inputs=recorder.flow.shared_inputs(),
+        added_inputs=recorder.flow.added_inputs(),
         tensors=recorder.flow.tensors(),
         parameters=parameters,
         float_parameters=float_parameters,

@@ -85,6 +85,8 @@ class Costs(Document):
         fixed_bits: Bit-width of the fixed layers where an assignment does not say.
         shared_inputs: Groups of two or more layers that read one and the same tensor, also in
             another shape; an element-wise function makes another tensor.
+        added_inputs: Groups of two or more layers that read the operands of one addition, or what
+            it puts out.
         tensors: What is held between the layers, for `activation_memory_bits`; empty: not known.
         parameters: Elements of all parameters of the float network, each counted once however many
             modules share it; None: not known.
@@ -94,9 +96,9 @@ class Costs(Document):
     Raises:
         TypeError: If a count is not an integer.
         ValueError: If there is no searchable layer, two layers have one name, or a count is
-            negative or above ``MOST``, or ``fixed_bits`` is outside 2 to 16, or ``shared_inputs``
-            or ``tensors`` name a layer that is not there, or tensors are held for more than
-            ``MOST_MOMENTS``, or ``MOST_HELD`` all together.
+            negative or above ``MOST``, or ``fixed_bits`` is outside 2 to 16, or ``shared_inputs``,
+            ``added_inputs`` or ``tensors`` name a layer that is not there, or tensors are held for
+            more than ``MOST_MOMENTS``, or ``MOST_HELD`` all together.
     """
 
     layers: tuple[LayerCost, ...]
@@ -104,6 +106,7 @@ class Costs(Document):
     meta: dict[str, Any] = field(default_factory=dict)
     fixed_bits: int = FIXED_BITS
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    added_inputs: tuple[tuple[str, ...], ...] = ()
     tensors: tuple[LiveTensor, ...] = ()
     parameters: int | None = None
     float_parameters: int | None = None
@@ -136,14 +139,16 @@ class Costs(Document):
                 raise TypeError(f"costs: {what} must be an int, got {count!r}")
             if count is not None and not 0 <= count <= MOST:
                 raise ValueError(f"costs: {what} is {shown(count)}, expected 0 to {MOST}")
-        object.__setattr__(self, "shared_inputs", tuple(map(tuple, self.shared_inputs)))
+        for what in ("shared_inputs", "added_inputs"):
+            object.__setattr__(self, what, tuple(map(tuple, getattr(self, what))))
         object.__setattr__(self, "tensors", tuple(self.tensors))
-        for group in self.shared_inputs:
-            if len(set(group)) < 2 or len(set(group)) < len(group):
-                raise ValueError(f"shared input {list(group)}: needs two or more layers")
-            for name in group:
-                if name not in seen:
-                    raise ValueError(f"shared input {list(group)}: there is no layer {name!r}")
+        for what, groups in (("shared", self.shared_inputs), ("added", self.added_inputs)):
+            for group in groups:
+                if len(set(group)) < 2 or len(set(group)) < len(group):
+                    raise ValueError(f"{what} input {list(group)}: needs two or more layers")
+                for name in group:
+                    if name not in seen:
+                        raise ValueError(f"{what} input {list(group)}: there is no layer {name!r}")
         for tensor in self.tensors:
             if tensor.layer is not None and tensor.layer not in seen:
                 raise ValueError(f"live tensor: there is no layer {tensor.layer!r}")

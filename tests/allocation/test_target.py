@@ -1,5 +1,6 @@
 """Targets are data: shipped ones and files, and what they leave a search."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -49,6 +50,19 @@ def test_a_target_ties_the_inputs_of_one_tensor():
     assert free["a"][1] != free["b"][1]
     tied = bits_of(search(*network(), **asked, target=load_target("finn")))
     assert tied["a"][1] == tied["b"][1] == 8
+
+
+def test_a_target_ties_what_is_added():
+    indicators, costs = network(shared=())
+    costs = dataclasses.replace(costs, added_inputs=(("a", "c"),))
+    asked = {"weight_bits": 4, "bitops": 720, "min_bits": {"a": (2, 8)}}
+    free = bits_of(search(indicators, costs, **asked))
+    assert free["a"][1] != free["c"][1]
+    tied = bits_of(search(indicators, costs, **asked, target=load_target("finn")))
+    assert tied["a"][1] == tied["c"][1] == 8
+    assert bits_of(search(indicators, costs, **asked, tie_added_inputs=True)) == tied
+    with pytest.raises(TypeError, match="tie_added_inputs must be True or False, got 1"):
+        search(indicators, costs, tie_added_inputs=1)
 
 
 def test_a_target_holds_beside_other_restrictions():

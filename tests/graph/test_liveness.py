@@ -264,6 +264,17 @@ def test_resnet18_at_224():
     assert costs.shared_inputs == tuple(
         (f"{block}.conv1", f"{block}.downsample.0") for block in blocks
     )
+    # Of each addition the skip connection, where a layer reads it, and the sum: not what a block
+    # with a downsampling adds, nor what the last one puts out.
+    assert {frozenset(group) for group in costs.added_inputs} == {
+        frozenset({f"layer{i}.1.conv1", other})
+        for i, other in (
+            (1, "layer1.0.conv1"),
+            (1, "layer2.0.conv1"),
+            (2, "layer3.0.conv1"),
+            (3, "layer4.0.conv1"),
+        )
+    }
     # 21 layer calls. Each puts out a tensor; beside these are the image, the maxima after conv1
     # and the means before fc. All layers at 4 bits but conv1 and fc at 8:
     # moment 0: the image, 3 x 224 x 224 = 150,528 at conv1's 8 bits; conv1's output of
@@ -314,4 +325,17 @@ def test_in_any_network_what_a_layer_reads_and_puts_out_is_held_at_its_moment(si
         held = [tensor for tensor in tensors if tensor.first <= moment <= tensor.last]
         assert any(tensor.first == moment and tensor.elements == elements for tensor in held)
         assert len(held) >= 2  # what the layer reads, too
-    assert all(len(set(group)) > 1 and set(group) <= names for group in flow.shared_inputs())
+    for groups in (flow.shared_inputs(), flow.added_inputs()):
+        assert all(len(set(group)) > 1 and set(group) <= names for group in groups)
+
+
+def test_the_operands_of_an_addition_and_its_sum_belong_together():
+    flow = Flow()
+    image = flow.add_input(8)
+    a = flow.add_call(Kind.LAYER, [image], 8, "a")
+    b = flow.add_call(Kind.LAYER, [a], 8, "b")
+    total = flow.add_call(Kind.SUM, [a, b], 8)
+    shaped = flow.add_call(Kind.SAME, [flow.add_call(Kind.ELEMENTWISE, [total], 8)], 8)
+    c = flow.add_call(Kind.LAYER, [shaped], 8, "c")
+    flow.add_call(Kind.LAYER, [flow.add_call(Kind.SUM, [c], 8)], 8, "d")  # a constant is added
+    assert flow.added_inputs() == (("b", "c"),)

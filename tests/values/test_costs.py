@@ -78,6 +78,15 @@ def test_wrong_shared_inputs_and_tensors_are_named(shared, tensor, problem):
         Costs(COSTS.layers, COSTS.fixed, shared_inputs=shared, tensors=tensors)
 
 
+def test_wrong_added_inputs_are_named(tmp_path):
+    costs = dataclasses.replace(COSTS, added_inputs=[["a", "b"]])
+    assert costs.added_inputs == (("a", "b"),)
+    costs.save(tmp_path / "costs.json")
+    assert Costs.load(tmp_path / "costs.json") == costs
+    with pytest.raises(ValueError, match=r"added input \['a', 'c'\]: there is no layer 'c'"):
+        dataclasses.replace(COSTS, added_inputs=(("a", "c"),))
+
+
 def test_mean_bits_count_every_searchable_layer_the_same():
     assert COSTS.mean_bits(BITS) == (3, 4)
     assert COSTS.mean_bits({"a": (2, 2), "b": (3, 3), "first": (8, 8)})[0] == Fraction(5, 2)

@@ -56,6 +56,13 @@ class Question:
             "--tie-shared-inputs", help="Equal activation bits where layers read the same tensor."
         ),
     ] = False
+    tie_added_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--tie-added-inputs",
+            help="Equal activation bits where layers read operands or sum of one addition.",
+        ),
+    ] = False
     weight_bits: Annotated[
         int | None, typer.Option(help="Bits of all weights: only activations are searched.")
     ] = None
@@ -136,6 +143,7 @@ class Question:
 
 _OPTIONS = (
     "tie_shared_inputs",
+    "tie_added_inputs",
     "weight_bits",
     "activation_bits",
     "alpha",
