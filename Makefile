@@ -14,7 +14,8 @@ TORCHVISION ?= 0.26.0
 OTHER := .venv-torch-$(TORCH)
 # What depends on torch: operators, bank, joint step, prepare, pipeline and compilers.
 TORCH_TESTS := tests/kernels tests/conversion/test_prepare.py tests/conversion/test_apply.py \
-	tests/joint/test_trainer.py tests/joint/test_cuda_graph.py tests/app/test_trainings.py
+	tests/joint/test_trainer.py tests/joint/test_cuda_graph.py tests/app/test_trainings.py \
+	tests/export/test_qcdq.py tests/export/test_packed.py tests/export/test_program.py
 
 .PHONY: help demo test test-all test-torch dist bench lint format clean
 
@@ -35,6 +36,7 @@ $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps compressed-tensors
 	touch $@
 
 dist: dist/built
@@ -52,7 +54,7 @@ test-torch: dist/built
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	grep -v -e '^torch' constraints.txt > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt \
-		torch==$(TORCH) torchvision==$(TORCHVISION) pytest pytest-xdist hypothesis "$$(echo dist/*.whl)[cli,timm]"
+		torch==$(TORCH) torchvision==$(TORCHVISION) pytest pytest-xdist hypothesis "$$(echo dist/*.whl)[cli,timm,export]"
 	$(OTHER)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	cd $(OTHER) && bin/python -c "import torch; from limpq_ext.kernels.ops import build_info; print(torch.__version__, build_info())"
 	OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TORCH_TESTS)

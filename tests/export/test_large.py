@@ -4,17 +4,18 @@ import pytest
 import torch
 
 import limpq_ext as lq
-from bench.exports import NETWORKS, quantized
 
 pytest.importorskip("onnx", reason="the extra export is not installed")
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
+exports = pytest.importorskip("bench.exports", reason="the benchmarks are not beside the tests")
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:left in float")]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", exports.NETWORKS)
 def test_files_of_a_network_compute_what_it_does(name, tmp_path):
-    model, batches, _, policy = quantized(name)
+    model, batches, _, policy = exports.quantized(name)
     x = batches[0][0][:1]
     told = lq.export_onnx(
         model, tmp_path / "a.onnx", x, verify=batches, engines=["onnxruntime", "openvino"]
@@ -33,7 +34,7 @@ def test_files_of_a_network_compute_what_it_does(name, tmp_path):
     )
     assert residual.verified[1].integer_kernels >= engines[0].integer_kernels
     lq.save(model, tmp_path / "a.safetensors", policy=policy)
-    restored = lq.load(tmp_path / "a.safetensors", NETWORKS[name]()).eval()
+    restored = lq.load(tmp_path / "a.safetensors", exports.NETWORKS[name]()).eval()
     with torch.no_grad():
         assert torch.equal(restored(x), model(x))
     lq.export_qonnx(model, tmp_path / "c.onnx", x)
