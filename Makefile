@@ -15,7 +15,7 @@ OTHER := .venv-torch-$(TORCH)
 # What depends on torch: operators, bank, joint step, prepare, pipeline and compilers.
 TORCH_TESTS := tests/kernels tests/conversion/test_prepare.py tests/conversion/test_apply.py \
 	tests/joint/test_trainer.py tests/joint/test_cuda_graph.py tests/app/test_trainings.py \
-	tests/export/test_qcdq.py tests/export/test_packed.py tests/export/test_program.py
+	tests/export/test_qcdq.py tests/export/test_packed.py tests/export/test_torch_export.py
 
 .PHONY: help demo test test-all test-torch dist bench lint format clean
 

@@ -429,7 +429,8 @@ def test_a_policy_of_scores_needs_no_joint_training_and_can_be_refined(copied, l
     )  # fmt: skip
     assert code == 0, error
     _, said, _ = limpq("run", recipe, "--out", out, *wanted)
-    stages = {"float", "profile", "scores", "search", "check", "refine", "finetune", "baseline"}
+    stages = {"float", "profile", "scores", "search", "check", "refine", "finetune", "pack"}
+    stages |= {"baseline"}
     assert reused(said) == stages
     _, said, _ = limpq("run", recipe, "--out", out, *wanted, "--set", "scores.batches=2")
     assert "scores" not in reused(said)

@@ -54,7 +54,7 @@ def test_a_file_is_not_replaced_unasked(network, tmp_path):
     model, batches = network
     path = tmp_path / "mine.onnx"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"mine.onnx exists: give another name"):
+    with pytest.raises(FileExistsError, match=r"mine.onnx. exists and is not replaced"):
         lq.export_onnx(model, path, batches[0][0][:1])
     assert path.read_text() == "mine"
     lq.export_onnx(model, path, batches[0][0][:1], overwrite=True)
