@@ -4,6 +4,7 @@ import collections
 import json
 
 import deployed
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,13 +66,17 @@ def test_a_file_is_not_replaced_unasked(network, tmp_path):
     ("found", "message"),
     [
         ({"differing": 0.002}, r"0\.20% of the codes that come into layers differ, most in 'a'"),
+        ({"farthest": 0.1}, r"from the same codes an output differs by 10\.00% of the largest"),
         ({"differing": 1e-6, "largest": 2}, "a code that comes into layer 'a' differs by 2 steps"),
     ],
 )
 def test_what_computes_something_else_is_not_written(
     found, message, network, tmp_path, monkeypatch
 ):
-    told = {"layers": 5, "integer_kernels": 0, "worst": "a", "largest": 1, "agreement": 1.0}
+    told = {
+        **{"layers": 5, "integer_kernels": 0, "worst": "a", "largest": 1, "agreement": 1.0},
+        **{"differing": 0.0, "farthest": 0.0},
+    }
     wrong = Verification(engine="onnxruntime 1", samples=16, **{**told, **found})
     monkeypatch.setattr(files, "verify_onnx", lambda *_, **__: wrong)
     model, batches = network
@@ -244,3 +249,18 @@ def test_other_bits_for_additions_are_refused(options, message, network, tmp_pat
     model, batches = network
     with pytest.raises(ValueError, match=message):
         lq.export_onnx(model, tmp_path / "a.onnx", batches[0][0][:1], **options)
+
+
+def test_a_changed_last_layer_is_seen(network, tmp_path):
+    from limpq_ext.export.verify import verify_onnx
+
+    model, batches = network
+    lq.export_onnx(model, tmp_path / "a.onnx", batches[0][0][:1])
+    proto = onnx.load(tmp_path / "a.onnx")
+    stored = next(own for own in proto.graph.initializer if own.name == "head.weight_scale")
+    scale = onnx.numpy_helper.to_array(stored) * np.float32(1.05)
+    stored.CopyFrom(onnx.numpy_helper.from_array(np.asarray(scale), stored.name))
+    found = verify_onnx(proto.SerializeToString(), model, batches, "onnxruntime", optimized=False)
+    assert found.differing <= 1e-3
+    with pytest.raises(ValueError, match="from the same codes an output differs by"):
+        found.check(1e-3)

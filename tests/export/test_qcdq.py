@@ -38,11 +38,13 @@ def test_the_file_computes_what_the_network_does(name, per_channel):
     assert exact.largest <= 1
     assert exact.differing <= 1e-3
     assert exact.layers >= len(layer_codes(model))
+    assert exact.farthest <= 1e-5
     assert exact.agreement >= 15 / 16
     assert exact.samples == 16
     optimized = verify_onnx(file, model, batches, "onnxruntime")
     assert optimized.largest <= 1
     assert optimized.differing <= 1e-2
+    assert optimized.farthest <= 1e-2
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
