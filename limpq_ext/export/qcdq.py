@@ -8,7 +8,8 @@ have one, on which the form of the nodes depends:
 * a clip comes after the quantization, in integers: in float, before it, the layer stays in float;
 * 4-bit weights are widened to 8 bits before they are dequantized, for the same reason;
 * what is signed has codes from 0 to 255 around 128: on x86 signed codes are not fused;
-* zero points are always given, and constants are initializers.
+* zero points are always given, and constants are initializers;
+* a ReLU6 that quantizers alone read is in their range: what is above 6 gets the code of 6.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from limpq_ext.export.onnx_graph import (
     constant,
     finish,
     new_node,
+    node_layer,
     onnx_graph,
     quantizers,
     replace,
@@ -80,9 +82,10 @@ def write_codes(made: ir.Model, layers: Mapping[str, LayerCodes], *, shift: bool
     graph = made.graph
     folded = fold_batch_norms(graph, layers)
     weights: dict[ir.Node, str] = {}
+    most = _drop_clips(graph, layers)
     for node, kind, name, run in quantizers(graph):
         if kind == INPUT:
-            _write_input(graph, node, layers[name], run)
+            _write_input(graph, node, layers[name], run, most.get(node))
         else:
             written = _write_weights(graph, node, layers[name], run, folded.get(node), shift)
             weights[written] = name
@@ -109,7 +112,38 @@ def forget_types(graph: ir.Graph) -> None:
                 value.shape = value.type = None
 
 
-def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) -> None:
+def _drop_clips(graph: ir.Graph, layers: Mapping[str, LayerCodes]) -> dict[ir.Node, float]:
+    """Take out of a graph what cuts to 0 and a highest value, where unsigned quantizers read it.
+
+    Rounding keeps the order of values, so that the code of the highest one can do the same.
+
+    Returns:
+        That value, by the nodes of the inputs.
+    """
+    found: dict[ir.Node, float] = {}
+    for clip in [node for node in graph if node.op_type == "Clip" and not node.domain]:
+        ends = [_number(value) for value in clip.inputs[1:3]]
+        readers = [use.node for use in clip.outputs[0].uses()]
+        names = [node_layer(reader, INPUT) for reader in readers]
+        unsigned = [name is not None and not layers[name].input_range.signed for name in names]
+        if len(ends) < 2 or ends[0] != 0 or ends[1] is None or clip.outputs[0].is_graph_output():
+            continue
+        if clip.inputs[0] is not None and readers and all(unsigned):
+            clip.outputs[0].replace_all_uses_with(clip.inputs[0])
+            graph.remove(clip, safe=True)
+            found |= dict.fromkeys(readers, ends[1])
+    return found
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """The constant that a value is; None where it is none."""
+    tensor = None if value is None else value.const_value
+    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
+
+
+def _write_input(
+    graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str, most: float | None
+) -> None:
     import onnx_ir as ir
 
     grid, name = layer.input_range, layer.name
@@ -119,10 +153,14 @@ def _write_input(graph: ir.Graph, node: ir.Node, layer: LayerCodes, run: str) ->
     made = [
         new_node("QuantizeLinear", [node.inputs[0], scale, zero_point], f"{name}.quantize{run}")
     ]
-    ends = {"min": grid.quant_min + zero, "max": grid.quant_max + zero}
+    highest = grid.quant_max
+    if most is not None:
+        scale_of = grid.scale.float().numpy()
+        highest = min(highest, int(np.rint(np.float32(most) / scale_of)))
+    ends = {"min": grid.quant_min + zero, "max": highest + zero}
     if tuple(ends.values()) != (0, 255):
         values = [
-            constant(graph, f"{name}.input_{which}", np.array(end, np.uint8))
+            constant(graph, f"{name}.input_{which}_{end}", np.array(end, np.uint8))
             for which, end in ends.items()
         ]
         made.append(new_node("Clip", [made[0].outputs[0], *values], f"{name}.clip{run}"))

@@ -131,6 +131,40 @@ def test_codes_stay_what_they_are_when_norms_are_folded(chain):
         assert constants[f"{name}.weight_scale"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.25])
+def test_a_relu6_is_in_the_range_of_the_codes(scale):
+    """15 steps of 0.5 are beyond 6, which has the code 12; 15 steps of 0.25 end before it."""
+    model, batches = deployed.quantized("depthwise", bits=(4,))
+    with torch.no_grad():
+        for layer in (model.expand, model.depthwise, model.project):
+            layer.input_quantizer.scale.fill_(scale)
+        model.bn1.weight.fill_(9)
+    proto = written(model, batches[0][0][:1])
+    clips = [node for node in proto.graph.node if node.op_type == "Clip"]
+    constants = {v.name: onnx.numpy_helper.to_array(v) for v in proto.graph.initializer}
+    assert [int(constants[node.input[2]]) for node in clips] == [12 if scale == 0.5 else 15] * 3
+    exact = verify_onnx(proto.SerializeToString(), model, batches, "onnxruntime", optimized=False)
+    assert exact.differing <= 1e-3
+    assert exact.largest <= 1
+
+
+def test_a_relu6_that_something_else_reads_stays():
+    model, batches = deployed.quantized("depthwise", bits=(4,), seed=1)
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            x = torch.nn.functional.relu6(self.model.stem(x))
+            return self.model.expand(x), x.mean()
+
+    proto = written(Beside().eval(), batches[0][0][:1])
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("Clip") == 2  # that in float, and that of expand's codes
+
+
 def test_layers_run_in_integers(chain):
     """Every convolution does; the head follows a mean and puts out what is not quantized."""
     model, batches = chain
@@ -234,7 +268,7 @@ def _clip_in_float(proto):
 def _signed_codes(proto):
     """What comes in has codes from -128 to 127."""
     for value in proto.graph.initializer:
-        if value.name.endswith(("input_zero_point", "input_min", "input_max")):
+        if ".input_zero_point" in value.name or ".input_m" in value.name:
             codes = onnx.numpy_helper.to_array(value).astype(np.int16) - 128
             value.CopyFrom(onnx.numpy_helper.from_array(codes.astype(np.int8), value.name))
     for value in proto.graph.value_info:
