@@ -45,8 +45,9 @@ def check(session: Session) -> None:
         raise FileNotFoundError(f"weights '{given}' do not exist")
     costs = session.profile()
     from_main(lambda: check_search(session.recipe, costs))
-    for engine in session.recipe.export.engines if session.recipe.export.wanted else ():
-        check_engine(engine)
+    if session.recipe.export.wanted:
+        for engine in session.recipe.export.engines or ():
+            check_engine(engine)
     model = session.create_model()
     quantized = session.quantize(model, session.uniform_policy(costs))
     if session.recipe.export.onnx:

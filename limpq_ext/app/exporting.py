@@ -29,6 +29,9 @@ FORMATS: Final = get_args(Format)
 BATCH = 32
 """Images that engines are given at once."""
 
+NOT_TRAINED: Final = "what enters additions has 8 bits: this is not the network that was trained"
+"""What is said of a file with residual bits."""
+
 CALIBRATION = 8
 """Batches that the ranges of what enters additions are found with."""
 
@@ -42,7 +45,7 @@ def export_network(
     shift: bool = True,
     residual_bits: int | None = None,
     images: int = 256,
-    engines: Sequence[str] = ("onnxruntime",),
+    engines: Sequence[str] | None = None,
     threads: int = 1,
     policy: Policy | None = None,
     overwrite: bool = False,
@@ -58,7 +61,7 @@ def export_network(
         residual_bits: As there; ranges are those of training images.
         images: How many validation images it is verified with, training images where there are
             none of these; 0: it is not verified.
-        engines: What runs "onnx", by name, and is timed.
+        engines: What runs "onnx", by name, and is timed; None: those that are installed.
         threads: How many they compute with.
         policy: What "safetensors" keeps as a whole.
         overwrite: Whether a file that exists is replaced.

@@ -253,8 +253,10 @@ class ExportSection(_Section):
         None, description="quantize what enters additions: faster, and not what was trained"
     )
     images: int = Field(256, ge=1, description="images that the file is verified with")
-    engines: tuple[Literal["onnxruntime", "openvino"], ...] = Field(
-        ("onnxruntime",), min_length=1, description="what has to compute as the network does"
+    engines: tuple[Literal["onnxruntime", "openvino"], ...] | None = Field(
+        None,
+        min_length=1,
+        description="what has to compute as the network does; null: what is installed of them",
     )
     threads: int = Field(1, ge=1, description="threads that engines compute with")
 

@@ -15,7 +15,7 @@ from limpq_ext.allocation.budgets import in_words
 from limpq_ext.allocation.search import search
 from limpq_ext.allocation.target import shipped_targets
 from limpq_ext.app.check import check
-from limpq_ext.app.exporting import accuracy_of_file, export_network
+from limpq_ext.app.exporting import NOT_TRAINED, accuracy_of_file, export_network
 from limpq_ext.app.locks import only_one
 from limpq_ext.app.recipe import AUTO, LEARNED, Recipe
 from limpq_ext.app.results import (
@@ -319,6 +319,8 @@ class _Work:
             )
             for own in made.verified:
                 self.reporter.say(f"export: {own}")
+            if options.residual_bits is not None:
+                self.reporter.say(f"export: {NOT_TRAINED}")
 
         with self.reporter.stage("exporting the policy's network"):
             try:

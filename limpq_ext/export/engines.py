@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -192,6 +193,11 @@ ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {
     "openvino": cast("Callable[..., Engine]", OpenVino),
 }
 """The engines by name; each takes the bytes of a file and ``threads``."""
+
+
+def installed_engines() -> tuple[str, ...]:
+    """The names of the engines that are installed."""
+    return tuple(name for name in ENGINES if importlib.util.find_spec(name))
 
 
 def check_engine(name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from limpq_ext.export.codes import float_bytes, layer_codes
-from limpq_ext.export.engines import Qonnx, make_engine
+from limpq_ext.export.engines import Qonnx, installed_engines, make_engine
 from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
 from limpq_ext.export.program import aot_package, exported_program
 from limpq_ext.export.qcdq import forget_types, qcdq_model
@@ -71,7 +71,7 @@ def export_onnx(
     calibration: Batches | None = None,
     verify: Batches | None = None,
     timed: bool = False,
-    engines: Sequence[str] = ("onnxruntime",),
+    engines: Sequence[str] | None = None,
     threads: int = 1,
     overwrite: bool = False,
 ) -> ExportedFile:
@@ -99,7 +99,7 @@ def export_onnx(
             with the file, computed node by node, and that without them with the network.
         timed: Whether every engine is timed on the first sample, in turn with the same network in
             float32.
-        engines: "onnxruntime", "openvino".
+        engines: "onnxruntime", "openvino"; None: those that are installed.
         threads: How many engines compute with.
         overwrite: Whether a file that exists is replaced.
 
@@ -134,6 +134,7 @@ def export_onnx(
     verified = []
     if verify is not None:
         batches = list(verify)
+        engines = installed_engines() if engines is None else engines
         own = verify_onnx(exact, model, batches, "onnxruntime", optimized=False, threads=threads)
         own.check(MOST_DIFFERING)
         verified.append(own)

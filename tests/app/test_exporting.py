@@ -129,6 +129,11 @@ def test_the_command_writes_the_same_file(finished, limpq, tmp_path):
     code, said, _ = limpq(*command, "--force", "--no-verify", "--no-shift")
     assert code == 0
     assert "engine" not in said
+    code, said, _ = limpq(*command, "--force", "--residual-bits", "8", "--images", "32")
+    assert code == 0
+    assert "this is not the network that was trained" in said
+    code, _, error = limpq(*command, "--force", "--residual-bits", "4")
+    assert error == "limpq: residual_bits is 4, expected 8 or None\n"
     code, _, error = limpq(*command, "--force", "--engine", "tvm")
     assert "engine is 'tvm', expected one of onnxruntime, openvino" in error
     other = tmp_path / "other.json"

@@ -24,7 +24,9 @@ def network():
 def test_what_was_written_is_told(network, tmp_path):
     model, batches = network
     path = tmp_path / "small.onnx"
-    told = lq.export_onnx(model, path, batches[0][0][:1], verify=iter(batches))
+    told = lq.export_onnx(
+        model, path, batches[0][0][:1], verify=iter(batches), engines=["onnxruntime"]
+    )
     assert (told.path, told.bytes) == (path, path.stat().st_size)
     parameters = sum(
         value.numel() for name, value in model.named_parameters() if "quantizer" not in name
@@ -264,3 +266,16 @@ def test_a_changed_last_layer_is_seen(network, tmp_path):
     assert found.differing <= 1e-3
     with pytest.raises(ValueError, match="from the same codes an output differs by"):
         found.check(1e-3)
+
+
+def test_what_is_installed_verifies_where_nothing_is_said(network, tmp_path, monkeypatch):
+    from limpq_ext.export import engines
+
+    model, batches = network
+    told = lq.export_onnx(model, tmp_path / "a.onnx", batches[0][0][:1], verify=batches)
+    assert [own.engine.split()[0] for own in told.verified[1:]] == list(engines.installed_engines())
+    found = engines.importlib.util.find_spec
+    monkeypatch.setattr(
+        engines.importlib.util, "find_spec", lambda name: name != "openvino" and found(name)
+    )
+    assert engines.installed_engines() == ("onnxruntime",)

@@ -2,11 +2,16 @@
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from importlib import metadata
 
+import deployed
 import pytest
 import torch
 
+import limpq_ext as lq
+from limpq_ext.export.codes import layer_codes
 from limpq_ext.export.packing import pack_codes, unpack_codes
 from limpq_ext.values.packed_files import best_packed_dim, matrix_shape, words_shape
 
@@ -98,3 +103,38 @@ def test_words_run_along_the_axis_that_takes_fewer(shape, bits, packed_dim, word
 def test_words_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"have shape \(2, 2\), expected \(2, 1\) for 3 bits"):
         unpack_codes(torch.zeros(2, 2, dtype=torch.int32), 3, (2, 10), 1)
+
+
+def test_compressed_tensors_reads_the_file_by_itself(tmp_path):
+    """Codes and scales of a file, in an environment without this package."""
+    theirs = compressed_tensors()
+    model, _ = deployed.quantized("depthwise")
+    lq.save(model, tmp_path / "a.safetensors")
+    script = """
+import importlib.util, json, sys
+sys.modules["limpq_ext"] = None
+import torch
+from safetensors import safe_open
+spec = importlib.util.spec_from_file_location("theirs", sys.argv[1])
+theirs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(theirs)
+with safe_open("a.safetensors", "pt") as file:
+    layers = json.loads(next(iter(file.metadata().values())))["layers"]
+    found = {}
+    for name, own in layers.items():
+        words, shape, scale = (
+            file.get_tensor(f"{name}.weight_{what}") for what in ("packed", "shape", "scale")
+        )
+        shape = shape.tolist()
+        matrix = torch.Size([shape[0], torch.Size(shape[1:]).numel()])
+        weight = own["weight"]
+        codes = theirs.unpack_from_int32(words, weight["bits"], matrix, weight.get("packed_dim", 1))
+        found[name] = codes.reshape(shape)
+torch.save(found, "codes.pt")
+"""
+    command = [sys.executable, "-c", script, theirs.__file__]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    found = torch.load(tmp_path / "codes.pt", weights_only=True)
+    expected = layer_codes(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(codes, expected[name].weights) for name, codes in found.items())

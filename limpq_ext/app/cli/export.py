@@ -61,7 +61,9 @@ def export(
     images: Annotated[int, typer.Option(min=1, help="Images to verify with.")] = 256,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="onnxruntime or openvino; more than once.", show_default="onnxruntime"),
+        typer.Option(
+            help="onnxruntime or openvino; more than once.", show_default="those that are installed"
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the engines.")] = 1,
     force: ForceOption = False,
@@ -74,16 +76,16 @@ def export(
     qonnx for FINN and hls4ml; pt2 for torch.export, aoti the same, compiled for this processor.
     With --calibrate: --weights are the float model's; it is quantized, not trained.
     """
-    from limpq_ext.app.exporting import export_network
+    from limpq_ext.app.exporting import NOT_TRAINED, export_network
     from limpq_ext.app.session import Session
     from limpq_ext.app.trainings import calibrated_network
     from limpq_ext.export.engines import check_engine
     from limpq_ext.values.policy import Policy
 
     form = _format(format_, out)
-    engines = list(dict.fromkeys(engine or ["onnxruntime"]))
+    engines = list(dict.fromkeys(engine)) if engine else None
     if form == "onnx" and verify:
-        for name in engines:
+        for name in engines or ["onnxruntime"]:
             check_engine(name)
     check_outputs({"--out": out}, force)
     chosen = Policy.load(policy)
@@ -109,7 +111,7 @@ def export(
         )
     print_exported(made, out)
     if residual_bits is not None:
-        say("what enters additions has 8 bits: this is not the network that was trained")
+        say(NOT_TRAINED)
 
 
 def _format(name: str | None, out: Path) -> Format:
