@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ class OpenVino:
     def __init__(self, model: bytes, *, threads: int = 1, counters: bool = False) -> None:
         engine = require("openvino", "openvino")
         self.version: str = engine.__version__.split("-")[0]
-        core = engine.Core()
+        core = _core()
         config = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": threads,
@@ -186,6 +187,16 @@ class Qonnx:
         """The graph's outputs by name, for its inputs by name."""
         found: dict[str, np.ndarray[Any, Any]] = self._execute(self._model, dict(feeds))
         return found
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's core, one for the process.
+
+    Its CPU plugin gives the thread a stack for signals and takes it away with itself: the next
+    signal would end the process.
+    """
+    return require("openvino", "openvino").Core()
 
 
 ENGINES: Final[Mapping[str, Callable[..., Engine]]] = {

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import subprocess
 import sys
 
 import deployed
@@ -342,3 +343,24 @@ def test_a_real_table_has_all_layers_and_pairs_and_is_searched_with(engine):
     most = max(table.meta["whole"].values()) + sum(entry.seconds for entry in table.entries)
     policy = lq.search(indicators, costs, latency=most, latency_table=table)
     assert set(policy.bits().values()) == {(8, 8)}
+
+
+def test_signals_are_heard_after_openvino(tmp_path):
+    """It gives a thread a stack for signals and takes it away with itself."""
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    script = """
+import os, signal
+import torch
+from torch import nn
+import limpq_ext as lq
+
+model = nn.Sequential(
+    nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+)
+lq.measure_latency(model, torch.randn(1, 3, 8, 8), bits=(8,), engine="openvino", rounds=1)
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+os.kill(os.getpid(), signal.SIGTERM)
+assert heard == [signal.SIGTERM]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
