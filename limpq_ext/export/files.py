@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from limpq_ext.export.codes import float_bytes, layer_codes
+from limpq_ext.export.codes import float_bytes
 from limpq_ext.export.engines import Qonnx, installed_engines, make_engine
 from limpq_ext.export.onnx_graph import finish, onnx_graph, serialized
 from limpq_ext.export.program import aot_package, exported_program
@@ -32,6 +32,7 @@ from limpq_ext.export.verify import (
     verify_outputs,
 )
 from limpq_ext.nn.inputs import Inputs, call
+from limpq_ext.nn.network import quantized_layers
 from limpq_ext.training.batches import Batches
 from limpq_ext.values.files import open_atomically, refuse_existing
 
@@ -122,8 +123,8 @@ def export_onnx(
         raise ValueError("residual_bits needs batches to find ranges with: give calibration")
     made = qcdq_model(model, example_input, shift=shift)
     bits = {
-        name: [layer.weight_range.bits, layer.input_range.bits]
-        for name, layer in layer_codes(model).items()
+        name: [layer.weight_bits, layer.activation_bits]
+        for name, layer in quantized_layers(model).items()
     }
     made.metadata_props["limpq_ext.bits"] = json.dumps(bits)
     exact = file = _written(made)

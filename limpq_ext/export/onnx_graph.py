@@ -142,10 +142,15 @@ def constant(
     return graph.initializers[name]
 
 
+def only_reader(node: ir.Node) -> ir.Node | None:
+    """The node that is all that reads what a node puts out; None where there are more, or none."""
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 else None
+
+
 def transposition(node: ir.Node) -> ir.Node | None:
     """The transposition that is all that reads weights: they may be stored as it leaves them."""
-    uses = list(node.outputs[0].uses())
-    reader = uses[0].node if len(uses) == 1 else None
+    reader = only_reader(node)
     if reader is None or reader.op_type != "Transpose":
         return None
     return reader if reader.attributes["perm"].as_ints() == [1, 0] else None
@@ -180,11 +185,10 @@ def finish(model: ir.Model) -> None:
         if not value.uses() and value not in graph.outputs:
             del graph.initializers[name]
     model.opset_imports.pop(DOMAIN, None)
-    for node in graph:
-        node.metadata_props.clear()
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for node in graph:
+        node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
 

@@ -28,6 +28,7 @@ from limpq_ext.export.onnx_graph import (
     finish,
     new_node,
     node_layer,
+    only_reader,
     onnx_graph,
     quantizers,
     replace,
@@ -223,14 +224,9 @@ def _name_products(graph: ir.Graph, weights: Mapping[ir.Node, str]) -> None:
                 runs[name] += 1
                 run = "" if runs[name] == 1 else f".{runs[name]}"
                 node.name = f"{name}{run}"
-                reader = _only_reader(node)
+                reader = only_reader(node)
                 if node.op_type == "MatMul" and reader is not None and reader.op_type == "Add":
                     reader.name = f"{name}.add_bias{run}"
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    uses = list(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 else None
 
 
 def _factor(layer: LayerCodes) -> int:
